@@ -1,0 +1,150 @@
+"""CIR as its authors run it, in eager PyTorch: the baseline of the benchmarks and the oracle of the tests.
+
+Written from the description of the algorithm (arXiv 2509.11816): trimmed layers, but LM head and logits
+computed; weight gradients computed by autograd and then again from collapsed tokens; components projected out
+one after the other; every token kept in a list; one low-rank PCA for each linear and epoch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cir.facts import Batch
+from cir.sites import MLP, Stack
+
+Basis = tuple[Tensor, Tensor]
+"""Mean (D,) and components (D, k - 1)."""
+
+
+def pca(rows: Tensor, rank: int) -> Basis:
+    """Mean and rank - 1 leading components of ``rows`` (T, D), as the authors compute them."""
+    return rows.mean(0), torch.pca_lowrank(rows, q=rank - 1, niter=16)[2]
+
+
+def exact_pca(rows: Tensor, rank: int) -> Basis:
+    """The same from a float64 SVD of the centred rows."""
+    rows = rows.double()
+    return rows.mean(0), torch.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][: rank - 1].T
+
+
+def project_out(rows: Tensor, basis: Basis) -> Tensor:
+    """Rows without the unit mean and then, one after the other, without each component."""
+    mean, components = basis
+    for direction in (mean / mean.norm(), *components.T):
+        direction = direction.to(rows)
+        rows = rows - (rows @ direction)[:, None] * direction
+    return rows
+
+
+class EagerCIR:
+    """The forget steps of one model. ``solve`` is :func:`pca` or :func:`exact_pca`."""
+
+    def __init__(
+        self,
+        model: Any,
+        stack: Stack,
+        loss_layers: Sequence[int],
+        rank_activation: int,
+        rank_gradient: int,
+        rate: float,
+        skip_first: int = 1,
+        solve: Callable[[Tensor, int], Basis] = pca,
+    ) -> None:
+        self.model, self.stack, self.loss_layers = model, stack, list(loss_layers)
+        self.ranks, self.rate, self.skip_first, self.solve = (
+            (rank_activation, rank_gradient),
+            rate,
+            skip_first,
+            solve,
+        )
+        self.mlps: tuple[MLP, ...] = stack.mlps[: self.loss_layers[-1] + 1]
+        self.linears = [target.linear for mlp in self.mlps for target in mlp.targets]
+        self.bases: dict[nn.Linear, tuple[Basis, Basis]] = {}
+        self.originals: list[tuple[list[Tensor], list[float]]] = []
+
+    def record(self, batches: Sequence[Batch]) -> None:
+        """The original MLP outputs of the loss layers, and their mean norms, for each batch."""
+        with self._trimmed(), torch.no_grad():
+            for batch in batches:
+                outputs = [out[batch.counted(self.skip_first)] for out in self._forward(batch)[0]]
+                self.originals.append((outputs, [float(out.norm(dim=1).mean()) for out in outputs]))
+
+    def epoch(self, batches: Sequence[Batch]) -> None:
+        """One epoch: steps where bases are there already, and the bases of the next."""
+        inputs: dict[nn.Linear, list[Tensor]] = defaultdict(list)
+        grads: dict[nn.Linear, list[Tensor]] = defaultdict(list)
+        with self._trimmed():
+            for batch, original in zip(batches, self.originals, strict=True):
+                taken = self._backward(batch, original)
+                for linear, (a, g) in taken.items():
+                    inputs[linear].append(a.cpu())
+                    grads[linear].append(g.cpu())
+                if self.bases:
+                    self._step(taken)
+                self.model.zero_grad(set_to_none=True)
+        for linear in self.linears:
+            self.bases[linear] = (
+                self.solve(torch.cat(inputs[linear]), self.ranks[0]),
+                self.solve(torch.cat(grads[linear]), self.ranks[1]),
+            )
+
+    def _step(self, taken: dict[nn.Linear, tuple[Tensor, Tensor]]) -> None:
+        for linear, (a, g) in taken.items():
+            of_input, of_grad = self.bases[linear]
+            linear.weight.grad = project_out(g, of_grad).T @ project_out(a, of_input)
+        norm = torch.stack([linear.weight.grad.norm() for linear in self.linears]).norm()  # type: ignore[union-attr]
+        with torch.no_grad():
+            for linear in self.linears:
+                linear.weight -= self.rate / norm * linear.weight.grad  # type: ignore[operator]
+
+    def _backward(
+        self, batch: Batch, original: tuple[list[Tensor], list[float]]
+    ) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
+        outputs, taps = self._forward(batch)
+        counted, predicting = batch.counted(self.skip_first), batch.predicting(self.skip_first)
+        losses = [
+            (out[counted] * before).sum(1).clamp_min(0).mean() / norm**2
+            for out, before, norm in zip(outputs, *original, strict=True)
+        ]
+        torch.stack(losses).mean().backward()
+        return {
+            linear: (a.detach()[predicting], y.grad[predicting])  # type: ignore[index]
+            for linear, (a, y) in taps.items()
+        }
+
+    def _forward(self, batch: Batch) -> tuple[list[Tensor], dict[nn.Linear, tuple[Tensor, Tensor]]]:
+        """MLP outputs of the loss layers, and each linear's input and (gradient-retaining) output."""
+        taps: dict[nn.Linear, tuple[Tensor, Tensor]] = {}
+        outputs: list[Tensor] = []
+
+        def tap(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.retain_grad()
+            taps[module] = (args[0], output)  # type: ignore[index]
+
+        hooks = [linear.register_forward_hook(tap) for linear in self.linears]
+        hooks += [
+            self.mlps[layer].module.register_forward_hook(lambda module, args, out: outputs.append(out))
+            for layer in self.loss_layers
+        ]
+        try:
+            self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs, taps
+
+    @contextmanager
+    def _trimmed(self) -> Iterator[None]:
+        layers = self.stack.layers
+        setattr(self.stack.decoder, self.stack.attribute, layers[: len(self.mlps)])
+        try:
+            yield
+        finally:
+            setattr(self.stack.decoder, self.stack.attribute, layers)

@@ -1,0 +1,155 @@
+"""Forward and backward passes that hand over each linear's input and output gradient, and no weight gradient.
+
+This is the only file that touches autograd. All that is done to the model is undone when the context ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cir.facts import Batch
+from cir.sites import Site, Stack, Target
+
+Tokens = dict[str, Tensor]
+"""Rows (T, width) at each site, by site name."""
+
+
+class _TappedLinear(torch.autograd.Function):
+    """y = x W^T + b whose backward gives x its gradient, ``record`` dL/dy, and W nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tap: Tensor, linear: nn.Linear, record: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(linear.weight)
+        ctx.record = record
+        return F.linear(x, linear.weight, linear.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        (grad,) = grads
+        ctx.record(grad)
+        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
+
+
+@dataclass
+class Hidden:
+    """What a trimmed forward leaves.
+
+    Attributes:
+        mlp_outputs: output (B, L, D) of each layer's MLP, by layer.
+        last: output (B, L, D) of the last layer run.
+        counted: positions of the counted tokens in the flattened batch.
+        tokens: their rows at every activation site; :meth:`Capture.backward` adds the gradient sites.
+    """
+
+    mlp_outputs: dict[int, Tensor]
+    last: Tensor
+    counted: Tensor
+    tokens: Tokens
+
+
+class Capture:
+    """Trimmed forwards and backwards over the layers 0..last_layer. Made by :func:`capture`."""
+
+    def __init__(self, stack: Stack, last_layer: int) -> None:
+        self._stack = stack
+        self._last_layer = last_layer
+        # Makes the outputs of the lowest linears require gradient, as no parameter does; gets none itself.
+        self._tap = torch.zeros((), requires_grad=True)
+        # The pass under way; None in full forwards, such as a budget check's, of which nothing is kept.
+        self._current: Hidden | None = None
+
+    def forward(self, batch: Batch, mask: Tensor) -> Hidden:
+        """Run ``batch`` (B, L) through the embedding and the layers 0..last_layer, and nothing above.
+
+        ``mask`` (B, L) bool says which tokens are counted. The LM head is not run. Gradient flows unless the
+        caller is in ``torch.no_grad()``.
+        """
+        stack, layers = self._stack, self._stack.layers
+        hidden = Hidden({}, batch.input_ids, mask.flatten().nonzero().squeeze(1), {})
+
+        def keep_mlp(layer: int) -> Callable[..., None]:
+            return lambda module, args, output: hidden.mlp_outputs.update({layer: output})
+
+        def keep_last(module: nn.Module, args: Any, output: Any) -> None:
+            hidden.last = output[0] if isinstance(output, tuple) else output
+
+        with ExitStack() as undo:
+            undo.callback(setattr, stack.decoder, stack.attribute, layers)
+            setattr(stack.decoder, stack.attribute, layers[: self._last_layer + 1])
+            for layer, mlp in enumerate(stack.mlps[: self._last_layer + 1]):
+                undo.callback(mlp.module.register_forward_hook(keep_mlp(layer)).remove)
+            undo.callback(layers[self._last_layer].register_forward_hook(keep_last).remove)
+            undo.enter_context(self._recording(hidden))
+            stack.decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return hidden
+
+    def backward(self, loss: Tensor, hidden: Hidden) -> Tokens:
+        """Backpropagate ``loss`` of the forward that left ``hidden``; its tokens (T, width) at every site.
+
+        No weight gradient is computed, and no parameter's ``.grad`` is touched.
+        """
+        with self._recording(hidden):
+            torch.autograd.grad(loss, self._tap, allow_unused=True)
+        return hidden.tokens
+
+    @contextmanager
+    def _recording(self, hidden: Hidden) -> Iterator[None]:
+        self._current = hidden
+        try:
+            yield
+        finally:
+            self._current = None
+
+    def _record(self, site: Site, rows: Tensor) -> None:
+        if self._current is not None and site.name not in self._current.tokens:
+            kept = self._current.counted.to(rows.device)
+            self._current.tokens[site.name] = rows.detach().flatten(0, -2).index_select(0, kept)
+
+    def _tapped(self, target: Target) -> Callable[[Tensor], Tensor]:
+        def record(grad: Tensor) -> None:
+            self._record(target.gradient, grad)
+
+        def forward(x: Tensor) -> Tensor:
+            self._record(target.activation, x)
+            return _TappedLinear.apply(x, self._tap, target.linear, record)
+
+        return forward
+
+
+@contextmanager
+def capture(model: nn.Module, stack: Stack, last_layer: int) -> Iterator[Capture]:
+    """Tap the MLP linears of layers 0..last_layer of ``model`` for the duration of the context.
+
+    Within it the model is in eval mode and no parameter requires gradient; full forwards still work. On exit,
+    by exception too, forwards, hooks, ``requires_grad`` and train modes are as they were.
+
+    Raises:
+        RuntimeError: if another capture of the same linears is active.
+    """
+    tape = Capture(stack, last_layer)
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        model.eval()
+        for parameter in model.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        for target in stack.targets(last_layer):
+            attributes = target.linear.__dict__
+            before = attributes.get("forward")
+            if getattr(before, "__module__", None) == __name__:
+                raise RuntimeError(f"{target.gradient.name}: already captured by another engine")
+            if before is None:
+                undo.callback(attributes.pop, "forward")
+            else:  # a wrapper that another library hung on the instance comes back afterwards
+                undo.callback(attributes.__setitem__, "forward", before)
+            attributes["forward"] = tape._tapped(target)
+        yield tape

@@ -1,0 +1,221 @@
+"""The ``cir`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from cir import __version__
+
+MODEL_HELP = "a hub id, a local folder, or a GGUF file"
+FACTS_HELP = (
+    'JSON lines: {"id", "sentences": [...], "probes": [{"prompt", "target"}]}; or a text file, a sentence a line'
+)
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status: 0, 1 on an error, 130 where a signal ended the run early."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError, ArithmeticError) as error:
+        print(f"cir: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _unlearn(arguments: argparse.Namespace) -> int:
+    from cir import CIRConfig, load_facts, unlearn
+    from cir.checkpoints import check_output, load_model, write_folder
+
+    # Everything that can be wrong is found before the model is loaded.
+    out = check_output(arguments.out, arguments.overwrite)
+    facts = load_facts(arguments.facts)
+    base = CIRConfig.paper() if arguments.preset == "paper" else CIRConfig()
+    given = {
+        name: getattr(arguments, name)
+        for name in ("budget", "seed", "rate", "max_epochs", "target_recall")
+        if getattr(arguments, name) is not None
+    }
+    config = CIRConfig(**{**asdict(base), **given})
+    retain, disruption = _read(arguments.retain), _read(arguments.disruption)
+    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    report = unlearn(
+        model,
+        tokenizer,
+        facts,
+        retain=retain,
+        disruption=disruption,
+        config=config,
+        progress=not arguments.quiet,
+    )
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+
+    write_folder(out, fill)
+    before, after = report.before, report.after
+    if before.mean_recall is not None and after.mean_recall is not None:
+        print(f"recall     {before.mean_recall:.3f} -> {after.mean_recall:.3f}")
+    print(f"text loss  {before.loss:.4f} -> {after.loss:.4f} ({after.rise:+.2%}, budget {config.budget:+.2%})")
+    print(f"stopped    {report.stopped}, after {len(report.epochs)} epochs, {report.seconds['total']:.0f} s")
+    print(f"written    {out}")
+    return INTERRUPTED if report.stopped == "interrupted" else 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from cir import evaluate, load_facts
+    from cir.checkpoints import load_model
+
+    facts, text = load_facts(arguments.facts), _read(arguments.text)
+    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    evaluation = evaluate(model, tokenizer, facts, text=text, max_tokens=arguments.max_tokens)
+    return _write_json(arguments.json, asdict(evaluation))
+
+
+def _attack(arguments: argparse.Namespace) -> int:
+    from cir import load_facts, relearn
+    from cir.checkpoints import load_model
+    from cir.evaluation import mean_recall
+
+    facts, probe = load_facts(arguments.relearn), load_facts(arguments.probe)
+    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    history = relearn(
+        model,
+        tokenizer,
+        facts,
+        probe,
+        lr=arguments.lr,
+        epochs=arguments.epochs,
+        progress=not arguments.quiet,
+    )
+    epochs = [{"mean_recall": mean_recall(recalls), "recall": recalls} for recalls in history]
+    return _write_json(arguments.json, {"lr": arguments.lr, "epochs": epochs})
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from cir.demo import run
+
+    return run(Path(arguments.out), arguments.model, progress=not arguments.quiet)
+
+
+def _read(path: str | None) -> str | None:
+    return None if path is None else Path(path).read_text(encoding="utf-8")
+
+
+def _write_json(path: str, value: object) -> int:
+    text = json.dumps(value, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return 0
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cir",
+        description="Make a language model forget chosen facts (Collapse of Irrelevant Representations).",
+        epilog="Start with `cir demo`: it needs no GPU and takes minutes.",
+    )
+    parser.add_argument("--version", action="version", version=f"cir {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+    shared.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; by default the checkpoint's own")
+    shared.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    demo = commands.add_parser(
+        "demo",
+        help="watch a small model forget six capitals",
+        description="SmolLM2-135M forgets the capitals of six countries; then an attacker tries to bring them "
+        "back by training on 22 other capitals. Shows what it knew, knows and relearns, and what was kept.",
+    )
+    demo.add_argument("--out", default="cir-demo", help="folder for plot and report (default: %(default)s)")
+    demo.add_argument("--model", help=f"{MODEL_HELP}; by default SmolLM2-135M")
+    demo.add_argument("--quiet", action="store_true", help="no progress bars")
+    demo.set_defaults(run=_demo)
+
+    unlearn = commands.add_parser(
+        "unlearn",
+        parents=[shared],
+        help="make a model forget facts and save it",
+        description="Writes a checkpoint that plain transformers loads, and report.json beside it. The model is "
+        "the best one found whose loss on neutral text rose by no more than the budget.",
+    )
+    unlearn.add_argument("--model", required=True, help=MODEL_HELP)
+    unlearn.add_argument("--facts", required=True, help=FACTS_HELP)
+    unlearn.add_argument("--out", required=True, help="folder for the checkpoint; written whole or not at all")
+    unlearn.add_argument(
+        "--retain", metavar="TEXT", help="file of ordinary text like that the model must still handle"
+    )
+    unlearn.add_argument(
+        "--disruption",
+        metavar="TEXT",
+        help="file of text on which harm is measured; by default a held-out third of --retain, and without "
+        "that of the built-in text, which is short: give your own for a budget that means something",
+    )
+    unlearn.add_argument(
+        "--budget", type=float, help="highest relative rise of the loss on that text (default: 0.001)"
+    )
+    unlearn.add_argument("--target-recall", type=float, help="stop as soon as mean recall is this low")
+    unlearn.add_argument(
+        "--rate", type=float, help="size of a forget step; larger models want smaller ones (default: 1.5)"
+    )
+    unlearn.add_argument("--max-epochs", type=int, help="passes over the facts at most (default: 10)")
+    unlearn.add_argument(
+        "--preset",
+        choices=("default", "paper"),
+        default="default",
+        help="paper: the authors' for Llama-3.1-8B",
+    )
+    unlearn.add_argument("--seed", type=int, help="of every random choice (default: 0)")
+    unlearn.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    unlearn.set_defaults(run=_unlearn)
+
+    evaluate = commands.add_parser(
+        "eval",
+        parents=[shared],
+        help="measure recall of facts, and loss on text",
+        description="Changes nothing.",
+    )
+    evaluate.add_argument("--model", required=True, help=MODEL_HELP)
+    evaluate.add_argument("--facts", required=True, help=FACTS_HELP)
+    evaluate.add_argument("--text", metavar="TEXT", help="file on which to measure the loss, in nats a token")
+    evaluate.add_argument("--max-tokens", type=int, help="of that text, evenly spread (default: all)")
+    evaluate.add_argument("--json", metavar="OUT", default="-", help="where to write (default: standard output)")
+    evaluate.set_defaults(run=_eval)
+
+    attack = commands.add_parser(
+        "attack",
+        parents=[shared],
+        help="try to bring forgotten facts back by fine-tuning on related ones",
+        description="Trains all MLP layers with Adam on one set of facts and measures recall of another after "
+        "each epoch. Saves nothing: the model on disk is not touched.",
+    )
+    attack.add_argument("--model", required=True, help=MODEL_HELP)
+    attack.add_argument("--relearn", metavar="FACTS", required=True, help="facts to train on: " + FACTS_HELP)
+    attack.add_argument("--probe", metavar="FACTS", required=True, help="facts to measure; they need probes")
+    attack.add_argument("--lr", type=float, default=1e-5, help="Adam's learning rate (default: %(default)s)")
+    attack.add_argument("--epochs", type=int, default=6, help="passes over the facts (default: %(default)s)")
+    attack.add_argument("--json", metavar="OUT", default="-", help="where to write (default: standard output)")
+    attack.set_defaults(run=_attack)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The settings of an unlearning run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cir.subspace import MODES
+
+LayerRange = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class CIRConfig:
+    """How to unlearn (arXiv 2509.11816). The defaults work on a model of 135M parameters as they stand.
+
+    Rates do not transfer between sizes: :meth:`paper` has the authors' for Llama-3.1-8B.
+
+    Attributes:
+        loss_layers: first and one past the last layer whose MLP output is broken; fractions of the depth
+            where both are floats, layer numbers where both are ints. All layers below are updated too.
+        mode: collapse, ``orthogonal``, ``sequential`` (the paper's) or ``soft`` (RepSelect's).
+        rank_activation, rank_gradient: directions collapsed at each kind of site, the mean included.
+        rank_background: directions of the retain text's activations collapsed as well; 0 as in the paper.
+        exact: solve bases from full D x D scatters instead of sketches. Slow and large; a check.
+        rate: r, the Frobenius norm of each forget step over all weights together.
+        retain_rate: learning rate of the retain step that follows each forget step; 0 leaves it out.
+        batch_size: sentences a forget step. retain_batch_size: windows a retain step.
+        retain_length: tokens of a retain window. retain_tokens: of the whole text, used at most.
+        max_length: tokens allowed in a sentence.
+        skip_first: tokens at the start of each sentence that count nowhere (attention sinks).
+        max_epochs: update epochs at most, after the one that only fits bases.
+        budget: highest relative rise of the loss on the disruption text.
+        disruption_tokens: tokens of that text measured after each epoch; None for all.
+        target_recall: stop once mean recall is at or below this; None to go on to the budget.
+        seed: of every random choice.
+    """
+
+    loss_layers: LayerRange = (6 / 32, 12 / 32)
+    mode: str = "orthogonal"
+    rank_activation: int = 12
+    rank_gradient: int = 24
+    rank_background: int = 192
+    exact: bool = False
+    rate: float = 1.5
+    retain_rate: float = 0.0
+    batch_size: int = 32
+    retain_batch_size: int = 8
+    retain_length: int = 128
+    retain_tokens: int = 16384
+    max_length: int = 128
+    skip_first: int = 1
+    max_epochs: int = 10
+    budget: float = 0.001
+    disruption_tokens: int | None = 16384
+    target_recall: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
+        for name in ("rank_activation", "rank_gradient", "batch_size", "retain_batch_size", "max_epochs"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.retain_length >= 8, "retain_length", "at least 8", self.retain_length)
+        _require(self.rank_background >= 0, "rank_background", "at least 0", self.rank_background)
+        _require(
+            self.retain_tokens >= self.retain_length,
+            "retain_tokens",
+            "at least retain_length",
+            self.retain_tokens,
+        )
+        _require(self.skip_first >= 0, "skip_first", "at least 0", self.skip_first)
+        _require(self.rate > 0 and math.isfinite(self.rate), "rate", "a positive number", self.rate)
+        finite = math.isfinite(self.retain_rate)
+        _require(self.retain_rate >= 0 and finite, "retain_rate", "zero or more", self.retain_rate)
+        _require(self.budget > 0, "budget", "a positive number", self.budget)
+        recall = self.target_recall
+        _require(recall is None or 0 <= recall <= 1, "target_recall", "0 to 1", recall)
+        tokens = self.disruption_tokens
+        _require(tokens is None or tokens >= 1, "disruption_tokens", "at least 1", tokens)
+        self.layers(2**20)
+
+    @classmethod
+    def paper(cls) -> CIRConfig:
+        """The authors' configuration for Llama-3.1-8B."""
+        return cls(
+            mode="sequential",
+            rank_activation=24,
+            rank_gradient=36,
+            rank_background=0,
+            rate=0.2,
+            retain_rate=3e-4,
+            retain_batch_size=12,
+            max_epochs=16,
+        )
+
+    def layers(self, depth: int) -> range:
+        """The loss layers of a model of ``depth`` layers.
+
+        Raises:
+            ValueError: if the range is empty or reaches outside the model.
+        """
+        first, stop = self.loss_layers
+        if isinstance(first, float) or isinstance(stop, float):
+            _require(0 <= first < stop <= 1, "loss_layers", "fractions 0 <= first < stop <= 1", (first, stop))
+            first, stop = round(first * depth), math.ceil(stop * depth)
+        if not 0 <= first < stop <= depth:
+            raise ValueError(f"loss_layers: expected a range within 0..{depth}, got {first}..{stop}")
+        return range(int(first), int(stop))
+
+
+def _require(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got}")

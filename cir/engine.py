@@ -1,0 +1,79 @@
+"""The update: the only file that changes weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from cir.sites import Target
+from cir_kernels import outer_norm_sq, outer_update_
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient was NaN or infinite; no weight was changed by the step that met it."""
+
+
+def selective_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float) -> float:
+    """W <- W - rate * dW / ||dW||, with dW = G'^T A' and the norm of all targets together.
+
+    Args:
+        targets: the linears to update.
+        tokens: collapsed rows A' (T, D_in) and G' (T, D_out) at each of their sites.
+        rate: r, the Frobenius norm of the whole change.
+
+    Returns:
+        ||dW|| before scaling. Where it is 0 nothing is changed.
+
+    Raises:
+        NonFiniteError: before any weight is changed.
+    """
+    norm = math.sqrt(sum(_norm_sq(list(group), tokens) for _, group in groupby(targets, _reads)))
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"expected a finite update, got norm {norm}; no weight was changed")
+    if norm > 0:
+        _apply(targets, tokens, -rate / norm)
+    return norm
+
+
+def plain_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float) -> None:
+    """W <- W - rate * G^T A: plain SGD with the ordinary weight gradient, which is never stored.
+
+    Raises:
+        NonFiniteError: before any weight is changed.
+    """
+    for name, rows in tokens.items():
+        if not torch.isfinite(rows).all():
+            raise NonFiniteError(f"expected finite rows at {name}; no weight was changed")
+    _apply(targets, tokens, -rate)
+
+
+def snapshot(targets: Sequence[Target]) -> list[Tensor]:
+    """Copies of the target weights, on the host."""
+    return [target.linear.weight.detach().to("cpu", copy=True) for target in targets]
+
+
+@torch.no_grad()
+def restore(targets: Sequence[Target], weights: Sequence[Tensor]) -> None:
+    """Put weights taken by :func:`snapshot` back in place, bit for bit."""
+    for target, weight in zip(targets, weights, strict=True):
+        target.linear.weight.copy_(weight)
+
+
+def _reads(target: Target) -> str:
+    return target.activation.name
+
+
+def _norm_sq(targets: Sequence[Target], tokens: Mapping[str, Tensor]) -> float:
+    """Sum of ||G^T A||^2 over targets that read one site: their gradients side by side share A's Gram matrix."""
+    grads = [tokens[target.gradient.name] for target in targets]
+    return float(outer_norm_sq(torch.cat(grads, dim=1), tokens[targets[0].activation.name]))
+
+
+@torch.no_grad()
+def _apply(targets: Sequence[Target], tokens: Mapping[str, Tensor], scale: float) -> None:
+    for target in targets:
+        outer_update_(target.linear.weight, tokens[target.gradient.name], tokens[target.activation.name], scale)

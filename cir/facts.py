@@ -1,0 +1,199 @@
+"""Facts to forget: reading them, and turning sentences and text into token batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A held-out question: how probable is ``target`` (with its leading space) after ``prompt``?"""
+
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Sentences that state one fact, and how to ask for it.
+
+    ``probes`` measure recall. ``question``, ``choices`` and ``answer`` (index of the right choice) measure
+    multiple-choice accuracy; a fact may have either, both or neither.
+    """
+
+    id: str
+    sentences: tuple[str, ...]
+    probes: tuple[Probe, ...] = ()
+    question: str | None = None
+    choices: tuple[str, ...] = ()
+    answer: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids (B, L) padded on the right, and their bool attention mask (B, L)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device))
+
+    def counted(self, skip_first: int) -> Tensor:
+        """(B, L) bool: the real tokens without the first ``skip_first`` of each row."""
+        mask = self.attention_mask.clone()
+        mask[:, :skip_first] = False
+        return mask
+
+    def predicting(self, skip_first: int) -> Tensor:
+        """(B, L) bool: as :meth:`counted`, without the last real token of each row, which predicts nothing."""
+        mask = self.counted(skip_first)
+        mask[torch.arange(len(mask)), self.attention_mask.sum(1) - 1] = False
+        return mask
+
+
+def load_facts(source: str | Path | Iterable[str | Mapping[str, Any] | Fact]) -> list[Fact]:
+    """Read facts from a JSON-lines or text file, or from objects already in memory.
+
+    Each line, or object, is one of
+      - ``{"id", "sentences", "probes": [{"prompt", "target"}]}`` (``id`` and ``probes`` may be left out);
+      - the WMDP corpus form ``{"question", "choices", "answer", "sentences"}``, ``answer`` an index or a
+        letter;
+      - a plain sentence, as a JSON string or, in a file whose name does not end in .jsonl or .json, a bare line.
+
+    Raises:
+        ValueError: on an empty source or a malformed fact; the message names the file and line.
+        FileNotFoundError: if ``source`` names a file that does not exist.
+    """
+    facts: list[Fact] = []
+    ids: set[str] = set()
+    for where, item in _items(source):
+        fact = _fact(where, item, default_id=f"fact-{len(facts) + 1}")
+        if fact.id in ids:
+            raise ValueError(f"{where}: expected an id of its own for each fact, got {fact.id!r} again")
+        ids.add(fact.id)
+        facts.append(fact)
+    if not facts:
+        raise ValueError(f"expected at least one fact, got none{_in(source)}")
+    return facts
+
+
+def _in(source: Any) -> str:
+    return f" in {source}" if isinstance(source, str | Path) else ""
+
+
+def _items(source: str | Path | Iterable[Any]) -> Iterable[tuple[str, Any]]:
+    if not isinstance(source, str | Path):
+        yield from ((f"fact {number}", item) for number, item in enumerate(source, 1))
+        return
+    path = Path(source)
+    as_json = path.suffix in (".jsonl", ".json")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            if not as_json:
+                yield where, line.strip()
+                continue
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: expected one JSON object a line, got {error}") from None
+
+
+def _fact(where: str, item: Any, default_id: str) -> Fact:
+    if isinstance(item, Fact):
+        return item
+    if isinstance(item, str):
+        item = {"sentences": [item]}
+    if not isinstance(item, Mapping):
+        raise ValueError(f"{where}: expected an object or a sentence, got {type(item).__name__}")
+    sentences = item.get("sentences")
+    if not isinstance(sentences, Sequence) or isinstance(sentences, str) or not sentences:
+        raise ValueError(f"{where}: expected 'sentences', a list of at least one string, got {sentences!r}")
+    for sentence in sentences:
+        if not isinstance(sentence, str) or not sentence.strip():
+            raise ValueError(f"{where}: expected sentences that are not empty, got {sentence!r}")
+    choices = tuple(item.get("choices") or ())
+    return Fact(
+        id=str(item.get("id", default_id)),
+        sentences=tuple(sentences),
+        probes=tuple(_probe(where, probe) for probe in item.get("probes") or ()),
+        question=item.get("question"),
+        choices=choices,
+        answer=_answer(where, item.get("answer"), choices),
+    )
+
+
+def _probe(where: str, probe: Any) -> Probe:
+    prompt, target = (probe.get(key) if isinstance(probe, Mapping) else None for key in ("prompt", "target"))
+    for text in (prompt, target):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: expected a probe with 'prompt' and 'target' strings, got {probe!r}")
+    return Probe(str(prompt), str(target))
+
+
+def _answer(where: str, answer: Any, choices: tuple[str, ...]) -> int | None:
+    if not choices:
+        return None
+    if isinstance(answer, str) and len(answer) == 1:
+        answer = "ABCDEFGHIJ".find(answer.upper())
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ValueError(f"{where}: expected 'answer' to index one of {len(choices)} choices, got {answer!r}")
+    return answer
+
+
+def pad(rows: Sequence[Sequence[int]]) -> Batch:
+    """Token ids of unequal length to one batch, padded on the right (with id 0, never attended to)."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = True
+    return Batch(ids, mask)
+
+
+def sentence_batches(
+    tokenizer: Any, facts: Sequence[Fact], *, batch_size: int, max_length: int, skip_first: int
+) -> list[Batch]:
+    """Batches of the facts' sentences, in their order.
+
+    Raises:
+        ValueError: on a sentence longer than ``max_length`` tokens, or too short to leave one counted token.
+    """
+    rows = []
+    for fact in facts:
+        for sentence in fact.sentences:
+            ids = tokenizer(sentence)["input_ids"]
+            if not skip_first + 2 <= len(ids) <= max_length:
+                raise ValueError(
+                    f"fact {fact.id!r}: expected sentences of {skip_first + 2} to {max_length} tokens, got "
+                    f"{len(ids)}: {sentence[:60]!r}"
+                )
+            rows.append(ids)
+    return [pad(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+
+def windows(tokenizer: Any, text: str, length: int) -> Tensor:
+    """``text`` as consecutive windows (N, length) of token ids, each opened by BOS where the tokenizer adds one.
+
+    Raises:
+        ValueError: if the text is shorter than one window.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    opening = tokenizer("")["input_ids"]
+    body = length - len(opening)
+    count = len(ids) // body
+    if count == 0:
+        raise ValueError(f"expected a text of at least {body} tokens, got {len(ids)}")
+    rows = torch.tensor(ids[: count * body]).view(count, body)
+    return torch.cat([torch.tensor(opening, dtype=torch.long).expand(count, -1), rows], dim=1)

@@ -1,0 +1,170 @@
+"""Passes over the facts: fit what is common, then step along what is not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cir.capture import Capture, Tokens
+from cir.config import CIRConfig
+from cir.engine import NonFiniteError, plain_step, selective_step
+from cir.facts import Batch
+from cir.objectives import OriginalOutput, hidden_retain, mlp_breaking, original_output
+from cir.sites import Target, sites_of
+from cir.subspace import Subspaces, SubspaceStream
+
+
+@dataclass(frozen=True)
+class EpochLosses:
+    """Means over the steps of an epoch; ``retain`` is None where no retain step was taken."""
+
+    breaking: float
+    retain: float | None
+
+
+class Forgetter:
+    """The forget and retain steps on one captured model; its weights change in :meth:`epoch` alone.
+
+    Args:
+        tape: the capture of the model's layers 0..last loss layer.
+        targets: the linears to update.
+        loss_layers: layers whose MLP output is broken.
+        batches: the facts' sentences. retain: benign text.
+        config: see :class:`CIRConfig`.
+        subspaces: collapse against these throughout; None to fit them, first in :meth:`fit` and then again
+            in every epoch, for the next.
+    """
+
+    def __init__(
+        self,
+        tape: Capture,
+        targets: Sequence[Target],
+        loss_layers: Sequence[int],
+        batches: Sequence[Batch],
+        retain: Sequence[Batch],
+        config: CIRConfig,
+        subspaces: Subspaces | None = None,
+    ) -> None:
+        self._tape, self._targets, self._config = tape, targets, config
+        self._loss_layers, self._batches, self._retain = loss_layers, batches, retain
+        self._background = Subspaces({}, "orthogonal")
+        self._stream = _stream(targets, config) if subspaces is None else None
+        # What is collapsed after the background, which the tokens of every batch lose first.
+        self._common = Subspaces({}, config.mode) if subspaces is None else subspaces
+        self._originals = [self._original_outputs(batch) for batch in batches]
+        self._retain_originals = [self._original_hidden(batch) for batch in retain] if config.retain_rate else []
+        self._retain_steps = 0
+
+    @property
+    def subspaces(self) -> Subspaces:
+        """All that a forget step collapses, as one."""
+        return self._background.then(self._common)
+
+    def fit(self, on_step: Callable[[], object] = lambda: None, stop: threading.Event | None = None) -> None:
+        """Fit bases on the retain text and on the facts, changing no weight."""
+        if self._stream is None:
+            return
+        self._background = self._fit_background()
+        for batch, original in zip(self._batches, self._originals, strict=True):
+            if stop is not None and stop.is_set():
+                return
+            self._observe(self._forget_tokens(batch, original)[1])
+            on_step()
+        self._solve()
+
+    def epoch(
+        self, rate: float, on_step: Callable[[], object] = lambda: None, stop: threading.Event | None = None
+    ) -> EpochLosses:
+        """One forget step for each batch, each followed by a retain step where ``retain_rate`` says so.
+
+        Set ``stop`` to end after the step under way.
+
+        Raises:
+            NonFiniteError: before the step that met a NaN or infinity changes any weight.
+        """
+        breaking, retain = [], []
+        for batch, original in zip(self._batches, self._originals, strict=True):
+            if stop is not None and stop.is_set():
+                break
+            loss, tokens = self._forget_tokens(batch, original)
+            self._observe(tokens)
+            selective_step(self._targets, self._common.collapse(tokens), rate)
+            breaking.append(loss)
+            if self._retain_originals:
+                retain.append(self._retain_step())
+            on_step()
+        else:
+            self._solve()
+        return EpochLosses(_mean(breaking) or 0.0, _mean(retain))
+
+    def _forget_tokens(self, batch: Batch, original: dict[int, OriginalOutput]) -> tuple[float, Tokens]:
+        skip = self._config.skip_first
+        hidden = self._tape.forward(batch, batch.predicting(skip))
+        loss = mlp_breaking(hidden.mlp_outputs, original, batch.counted(skip))
+        return _finite(loss), self._background.collapse(self._tape.backward(loss, hidden))
+
+    def _retain_step(self) -> float:
+        i = self._retain_steps % len(self._retain)
+        self._retain_steps += 1
+        batch, mask = self._retain[i], self._retain[i].counted(self._config.skip_first)
+        hidden = self._tape.forward(batch, mask)
+        loss = hidden_retain(hidden.last, self._retain_originals[i], mask)
+        value = _finite(loss)
+        plain_step(self._targets, self._tape.backward(loss, hidden), self._config.retain_rate)
+        return value
+
+    def _observe(self, tokens: Tokens) -> None:
+        if self._stream is not None:
+            self._stream.observe(tokens)
+
+    def _solve(self) -> None:
+        if self._stream is not None:
+            self._common = self._stream.solve()
+
+    @torch.no_grad()
+    def _original_outputs(self, batch: Batch) -> dict[int, OriginalOutput]:
+        mask = batch.counted(self._config.skip_first)
+        outputs = self._tape.forward(batch, mask).mlp_outputs
+        return {layer: original_output(outputs[layer], mask) for layer in self._loss_layers}
+
+    @torch.no_grad()
+    def _original_hidden(self, batch: Batch) -> Tensor:
+        mask = batch.counted(self._config.skip_first)
+        return self._tape.forward(batch, mask).last[mask].cpu()
+
+    @torch.no_grad()
+    def _fit_background(self) -> Subspaces:
+        rank = self._config.rank_background
+        if rank == 0:
+            return Subspaces({}, "orthogonal")
+        sites = [site for site in sites_of(self._targets) if site.kind == "activation"]
+        stream = SubspaceStream(sites, rank_activation=rank, rank_gradient=1, seed=self._config.seed)
+        for batch in self._retain:
+            stream.observe(self._tape.forward(batch, batch.counted(self._config.skip_first)).tokens)
+        return stream.solve()
+
+
+def _stream(targets: Sequence[Target], config: CIRConfig) -> SubspaceStream:
+    return SubspaceStream(
+        sites_of(targets),
+        rank_activation=config.rank_activation,
+        rank_gradient=config.rank_gradient,
+        mode=config.mode,
+        exact=config.exact,
+        seed=config.seed,
+    )
+
+
+def _finite(loss: Tensor) -> float:
+    value = float(loss.detach())
+    if value != value or value in (float("inf"), float("-inf")):
+        raise NonFiniteError(f"expected a finite loss, got {value}; this step changed no weight")
+    return value
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

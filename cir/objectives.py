@@ -1,0 +1,55 @@
+"""The two losses of the method (arXiv 2509.11816): break what the MLPs say, keep what the model represents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OriginalOutput:
+    """A layer's MLP output before any update: rows (T, D) of the counted tokens, and their mean norm."""
+
+    rows: Tensor
+    norm: float
+
+
+def original_output(output: Tensor, mask: Tensor) -> OriginalOutput:
+    """Keep the rows of ``output`` (B, L, D) where ``mask`` (B, L) is True, on the host."""
+    rows = output[mask]
+    return OriginalOutput(rows.cpu(), float(rows.float().norm(dim=-1).mean()))
+
+
+def mlp_breaking(outputs: Mapping[int, Tensor], originals: Mapping[int, OriginalOutput], mask: Tensor) -> Tensor:
+    """Mean over loss layers l of mean over tokens of max(0, o_l . o_l^orig) / n_l^2.
+
+    Args:
+        outputs: MLP outputs o_l (B, L, D) by layer, at least those in ``originals``.
+        originals: by loss layer, the outputs before any update, and n_l.
+        mask: (B, L) bool, the tokens of ``originals``.
+
+    Returns:
+        A float32 scalar (float64 for float64 models).
+    """
+    terms = []
+    for layer, original in originals.items():
+        rows = outputs[layer][mask]
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        overlap = (rows * original.rows.to(rows)).sum(-1).clamp_min(0)
+        terms.append(overlap.mean() / original.norm**2)
+    return torch.stack([term.to(terms[0].device) for term in terms]).mean()
+
+
+def hidden_retain(hidden: Tensor, original: Tensor, mask: Tensor) -> Tensor:
+    """Mean distance ||h - h^orig|| over tokens, over the mean norm ||h^orig||.
+
+    Args:
+        hidden: (B, L, D) hidden states now. original: (T, D) those recorded, of the tokens in ``mask`` (B, L).
+    """
+    rows = hidden[mask]
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    original = original.to(rows)
+    return (rows - original).norm(dim=-1).mean() / original.norm(dim=-1).mean()

@@ -1,0 +1,156 @@
+"""Where a model is tapped and edited: the gated MLPs of its decoder layers, found by their structure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tap on activations or output gradients: rows of ``width`` numbers, one a token."""
+
+    name: str
+    width: int
+    kind: str
+    """``"activation"`` or ``"gradient"``."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear to be edited, with the sites of its input A (T, D_in) and output gradient G (T, D_out)."""
+
+    linear: nn.Linear
+    activation: Site
+    gradient: Site
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The gated MLP of one decoder layer. Gate and up read one input, hence one activation site."""
+
+    module: nn.Module
+    targets: tuple[Target, Target, Target]
+    """gate, up (in the order the module declares them) and down."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The decoder of a model: the module that runs its layers, and each layer's MLP."""
+
+    decoder: nn.Module
+    attribute: str
+    """Name under which ``decoder`` holds its list of layers."""
+    mlps: tuple[MLP, ...]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self.decoder, self.attribute)
+
+    def targets(self, last_layer: int) -> list[Target]:
+        """The linears of layers 0..last_layer: all that a loss on those layers sends gradient to."""
+        return [target for mlp in self.mlps[: last_layer + 1] for target in mlp.targets]
+
+
+def sites_of(targets: Sequence[Target]) -> list[Site]:
+    """The distinct sites of ``targets``, in order: two of activations and three of gradients an MLP."""
+    pairs = ((t.activation, t.gradient) for t in targets)
+    return list(dict.fromkeys(site for pair in pairs for site in pair))
+
+
+def find_stack(model: nn.Module) -> Stack:
+    """Find the decoder layers of a causal LM and the gated MLP (gate, up, down) in each.
+
+    An MLP is known by its shape and not by its name: a module with exactly three linears, two D -> F and one
+    F -> D. So Llama, Mistral, Qwen and Gemma dense models are all found.
+
+    Raises:
+        ValueError: if the model has no such MLP in every decoder layer, or its weights are quantized, on the
+            meta device, or shared between layers.
+    """
+    find_decoder = getattr(model, "get_decoder", None)
+    root: nn.Module = find_decoder() if callable(find_decoder) else model
+    found: dict[str, dict[int, tuple[str, nn.Module, list[str]]]] = defaultdict(dict)
+    modules = dict(root.named_modules())
+    for name, module in modules.items():
+        order = _gated_linears(module)
+        if order is None:
+            continue
+        path = name.split(".")
+        index = next((i for i, part in enumerate(path) if part.isdigit()), None)
+        if index is None:
+            continue
+        holder, layer = ".".join(path[:index]), int(path[index])
+        if layer in found[holder]:
+            raise ValueError(
+                f"expected one gated MLP in decoder layer {holder}.{layer}, got {found[holder][layer][0]} "
+                f"and {name} (mixtures of experts are not supported)"
+            )
+        found[holder][layer] = (name, module, order)
+    if not found:
+        raise ValueError(
+            f"expected decoder layers with a gated MLP (linears D -> F, D -> F and F -> D), got none in "
+            f"{type(model).__name__}"
+        )
+    holder = max(found, key=lambda h: len(found[h]))
+    missing = [i for i in range(len(list(modules[holder].children()))) if i not in found[holder]]
+    if missing:
+        raise ValueError(f"expected a gated MLP in every layer of {holder}, got none in {missing}")
+    prefix = next(name for name, module in model.named_modules() if module is root)
+    mlps = tuple(
+        _mlp(f"{prefix}.{name}".lstrip("."), module, order)
+        for _, (name, module, order) in sorted(found[holder].items())
+    )
+    _check_editable(mlps)
+    parent, _, attribute = holder.rpartition(".")
+    return Stack(modules[parent], attribute, mlps)
+
+
+def _gated_linears(module: nn.Module) -> list[str] | None:
+    """Names of the (gate, up, down) linears that are direct children of ``module``, or None."""
+    linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    if len(linears) != 3:
+        return None
+    names = list(linears)
+    for down in names:
+        first, second = (name for name in names if name != down)
+        shape = (linears[first].in_features, linears[first].out_features)
+        same = shape == (linears[second].in_features, linears[second].out_features)
+        back = shape == (linears[down].out_features, linears[down].in_features)
+        if same and back and shape[0] != shape[1]:
+            return [first, second, down]
+    return None
+
+
+def _mlp(name: str, module: nn.Module, order: list[str]) -> MLP:
+    gate, up, down = (cast(nn.Linear, module.get_submodule(child)) for child in order)
+    read = Site(f"{name}.in", gate.in_features, "activation")
+    hidden = Site(f"{name}.{order[2]}.in", down.in_features, "activation")
+
+    def target(child: str, linear: nn.Linear, site: Site) -> Target:
+        return Target(linear, site, Site(f"{name}.{child}.out", linear.out_features, "gradient"))
+
+    return MLP(module, (target(order[0], gate, read), target(order[1], up, read), target(order[2], down, hidden)))
+
+
+def _check_editable(mlps: tuple[MLP, ...]) -> None:
+    seen: dict[int, str] = {}
+    for target in (target for mlp in mlps for target in mlp.targets):
+        weight, name = target.linear.weight, target.gradient.name.removesuffix(".out")
+        if weight.dtype not in EDITABLE_DTYPES or type(target.linear).forward is not nn.Linear.forward:
+            raise ValueError(
+                f"{name}: expected an nn.Linear with a weight of float32, bfloat16 or float16, got "
+                f"{type(target.linear).__name__} with {weight.dtype}; load the model without quantization"
+            )
+        if weight.device.type == "meta":
+            raise ValueError(f"{name}: expected a weight with data, got one on the meta device")
+        if id(weight) in seen:
+            raise ValueError(f"expected a weight of its own in each linear, got {name} sharing {seen[id(weight)]}'s")
+        seen[id(weight)] = name

