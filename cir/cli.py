@@ -21,6 +21,8 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0, 1 on an error, 130 where a signal ended the run early."""
     arguments = _parser().parse_args(argv)
+    if arguments.quiet:
+        _silence_transformers()
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, ArithmeticError) as error:
@@ -105,6 +107,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     from cir.demo import run
 
     return run(Path(arguments.out), arguments.model, progress=not arguments.quiet)
+
+
+def _silence_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _read(path: str | None) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cir.sites import Site
 from cir.subspace import MODES
 
 LayerRange = tuple[float, float]
@@ -40,7 +42,7 @@ class CIRConfig:
     mode: str = "orthogonal"
     rank_activation: int = 12
     rank_gradient: int = 24
-    rank_background: int = 192
+    rank_background: int = 32
     exact: bool = False
     rate: float = 1.5
     retain_rate: float = 0.0
@@ -79,6 +81,14 @@ class CIRConfig:
         tokens = self.disruption_tokens
         _require(tokens is None or tokens >= 1, "disruption_tokens", "at least 1", tokens)
         self.layers(2**20)
+
+    def check_ranks(self, sites: Iterable[Site]) -> None:
+        """Raise ValueError if more directions are to be collapsed at a site than it has."""
+        for site in sites:
+            of_input = site.kind == "activation"
+            rank = self.rank_background + self.rank_activation if of_input else self.rank_gradient
+            name = "rank_background + rank_activation" if of_input else "rank_gradient"
+            _require(rank <= site.width, name, f"at most {site.width}, the width of {site.name}", rank)
 
     @classmethod
     def paper(cls) -> CIRConfig:

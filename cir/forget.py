@@ -144,7 +144,8 @@ class Forgetter:
         sites = [site for site in sites_of(self._targets) if site.kind == "activation"]
         stream = SubspaceStream(sites, rank_activation=rank, rank_gradient=1, seed=self._config.seed)
         for batch in self._retain:
-            stream.observe(self._tape.forward(batch, batch.counted(self._config.skip_first)).tokens)
+            # First tokens too: attention sinks are what a change of the weights must not touch.
+            stream.observe(self._tape.forward(batch, batch.attention_mask).tokens)
         return stream.solve()
 
 

@@ -45,7 +45,7 @@ def principal_components(moments: Moments, rank: int, centred: bool = True) -> t
 
     Returns:
         Components (D, rank) with orthonormal columns and their variances (rank,), largest first, float64.
-        Directions without variance are completed arbitrarily, with variance 0.
+        Directions without variance are zero columns.
 
     Raises:
         ValueError: if no rows were seen, ``rank`` exceeds the columns kept, or a moment is not finite.
@@ -66,8 +66,10 @@ def principal_components(moments: Moments, rank: int, centred: bool = True) -> t
         variance, components = torch.linalg.eigh((action + action.T) / 2)
     else:
         variance, components = _nystroem(action, omega)
+    variance = variance.flip(-1)[:rank].clamp_min(0) / moments.count
     components = torch.linalg.qr(components.flip(-1)[:, :rank])[0]
-    return components, variance.flip(-1)[:rank].clamp_min(0) / moments.count
+    real = variance > columns * torch.finfo(variance.dtype).eps * variance[:1]
+    return components * real, variance * real
 
 
 def _nystroem(action: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,13 +106,21 @@ def common_subspace(moments: Moments, rank: int, mode: str) -> Subspace:
         kept = torch.where(variance > 0, variance[-1] / variance.clamp_min(1e-300), 1.0)
         return Subspace(basis.float(), torch.diag(1 - kept).float(), variance)
     components, variance = principal_components(moments, rank - 1)
-    mean = torch.nn.functional.normalize(moments.total / moments.count, dim=0)
-    basis = torch.cat([mean[:, None], components], dim=1)
+    # A mean of rounding errors, left by an earlier collapse, has no direction.
+    mean = _unit(moments.total / moments.count, negligible=1e-6 * variance[:1].sum().sqrt())
     if mode == "orthogonal":
-        return Subspace(torch.linalg.qr(basis)[0].float(), None, variance)
+        rest = _unit(mean - components @ (components.T @ mean), negligible=torch.full_like(mean[0], 1e-6))
+        return Subspace(torch.cat([components, rest[:, None]], dim=1).float(), None, variance)
+    basis = torch.cat([mean[:, None], components], dim=1)
     mixer = torch.eye(rank, dtype=basis.dtype, device=basis.device)
     mixer[1:, 0] = -(components.T @ mean)
     return Subspace(basis.float(), mixer.float(), variance)
+
+
+def _unit(vector: Tensor, negligible: Tensor) -> Tensor:
+    """``vector`` at length 1, or zero where it is no longer than ``negligible``."""
+    norm = vector.norm()
+    return torch.where(norm > negligible, vector / norm, 0)
 
 
 class Subspaces(Mapping[str, Subspace]):

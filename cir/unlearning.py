@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from cir.capture import capture
 from cir.config import CIRConfig
-from cir.engine import restore, snapshot
+from cir.engine import NonFiniteError, restore, snapshot
 from cir.evaluation import recall, spread, token_losses
 from cir.facts import Batch, Fact, load_facts, sentence_batches, windows
 from cir.forget import Forgetter
 from cir.report import Clock, Epoch, Measure, Report, hash_facts, library_versions, peak_memory
-from cir.sites import find_stack
+from cir.sites import find_stack, sites_of
 from cir.subspace import Subspaces
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,9 @@ def unlearn(
     stack = find_stack(model)
     layers = config.layers(len(stack.mlps))
     targets = stack.targets(layers[-1])
-    batches = _fact_batches(tokenizer, facts, config, model.device)
-    retain_batches, disruption_rows = _text_batches(tokenizer, retain, disruption, config, model.device)
+    config.check_ranks(sites_of(targets))
+    batches = fact_batches(tokenizer, facts, config, model.device)
+    retain_batches, disruption_rows = text_batches(tokenizer, retain, disruption, config, model.device)
     steps = (config.max_epochs + (subspaces is None)) * len(batches)
     clock, started = Clock(model.device), time.perf_counter()
 
@@ -162,6 +163,10 @@ class _Meter:
     def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor) -> None:
         self._model, self._tokenizer, self._facts, self._rows = model, tokenizer, facts, rows
         self._original = token_losses(model, rows)
+        if not torch.isfinite(self._original).all():
+            raise NonFiniteError(
+                "expected a finite loss on the disruption text before any update, got NaN or infinity"
+            )
 
     def measure(self) -> Measure:
         losses = token_losses(self._model, self._rows)
@@ -193,7 +198,7 @@ def _summary(measure: Measure) -> str:
     return f"{recalled}loss {measure.rise:+.2%}"
 
 
-def _fact_batches(tokenizer: Any, facts: Sequence[Fact], config: CIRConfig, device: torch.device) -> list[Batch]:
+def fact_batches(tokenizer: Any, facts: Sequence[Fact], config: CIRConfig, device: torch.device) -> list[Batch]:
     """The facts' sentences in batches, shuffled so that each batch mixes many facts."""
     single = [Fact(fact.id, (sentence,)) for fact in facts for sentence in fact.sentences]
     random.Random(config.seed).shuffle(single)
@@ -207,7 +212,7 @@ def _fact_batches(tokenizer: Any, facts: Sequence[Fact], config: CIRConfig, devi
     return [batch.to(device) for batch in batches]
 
 
-def _text_batches(
+def text_batches(
     tokenizer: Any, retain: str | None, disruption: str | None, config: CIRConfig, device: torch.device
 ) -> tuple[list[Batch], torch.Tensor]:
     """Batches of retain windows, and the windows (N, L) on which the budget is measured."""

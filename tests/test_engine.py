@@ -10,7 +10,7 @@ from cir.engine import NonFiniteError, plain_step, restore, selective_step, snap
 from cir.facts import load_facts
 from cir.forget import Forgetter
 from cir.sites import find_stack, sites_of
-from cir.unlearning import _fact_batches
+from cir.unlearning import fact_batches
 from tests import oracle
 from tests.tiny import facts, tiny_llama
 
@@ -69,7 +69,7 @@ def paper_and_ours(make, tokenizer, config, batches_of=None):
         stack = find_stack(model)
         layers = config.layers(len(stack.mlps))
         targets = stack.targets(layers[-1])
-        batches = _fact_batches(tokenizer, load_facts(facts(8)), config, model.device)
+        batches = fact_batches(tokenizer, load_facts(facts(8)), config, model.device)
         before = snapshot(targets)
         if ours:
             with capture(model, stack, layers[-1]) as tape:

