@@ -86,7 +86,7 @@ def unlearn(
         tqdm(total=steps, disable=not progress, unit="step") as bar,
     ):
         with clock.phase("measure"):
-            meter = _Meter(model, tokenizer, facts, disruption_rows)
+            meter = _Meter(model, tokenizer, facts, disruption_rows, config.disruption_tokens)
             before = meter.measure()
         report = Report(config, hash_facts(facts), before, before, versions=library_versions())
         best = snapshot(targets)
@@ -158,11 +158,15 @@ def builtin_text() -> str:
 
 
 class _Meter:
-    """Measures the model against its state when the meter was made."""
+    """Measures the model against its state when the meter was made, on at most ``tokens`` of ``rows`` (N, L)."""
 
-    def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor) -> None:
-        self._model, self._tokenizer, self._facts, self._rows = model, tokenizer, facts, rows
-        self._original = token_losses(model, rows)
+    def __init__(
+        self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor, tokens: int | None
+    ) -> None:
+        self._model, self._tokenizer, self._facts = model, tokenizer, facts
+        self._rows = spread(rows, tokens)
+        self._unseen = 1 - len(self._rows) / len(rows)
+        self._original = token_losses(model, self._rows)
         if not torch.isfinite(self._original).all():
             raise NonFiniteError(
                 "expected a finite loss on the disruption text before any update, got NaN or infinity"
@@ -173,7 +177,8 @@ class _Meter:
         start = float(self._original.mean())
         # Windows, not tokens, are the independent unit: the tokens of one share their context.
         rises = (losses - self._original).mean(1) / start
-        stderr = float(rises.std() / len(rises) ** 0.5) if len(rises) > 1 else 0.0
+        # Of a finite text: what was seen of it is known, so that nothing is in doubt where all was.
+        stderr = float(rises.std()) * (self._unseen / len(rises)) ** 0.5 if self._unseen else 0.0
         recalls = recall(self._model, self._tokenizer, self._facts)
         return Measure(recalls, float(losses.mean()), float(rises.mean()), stderr)
 
@@ -233,4 +238,4 @@ def text_batches(
         Batch(chunk, torch.ones_like(chunk, dtype=torch.bool)).to(device)
         for chunk in rows.split(config.retain_batch_size)
     ]
-    return batches, spread(measured, config.disruption_tokens)
+    return batches, measured
