@@ -33,7 +33,8 @@ class CIRConfig:
         skip_first: tokens at the start of each sentence that count nowhere (attention sinks).
         max_epochs: update epochs at most, after the one that only fits bases.
         budget: highest relative rise of the loss on the disruption text.
-        disruption_tokens: tokens of that text measured after each epoch; None for all.
+        disruption_tokens: tokens of that text measured after each epoch, evenly spread; None for all. The fewer
+            they are, the larger the standard error that is kept free below the budget.
         target_recall: stop once mean recall is at or below this; None to go on to the budget.
         seed: of every random choice.
     """
@@ -41,7 +42,7 @@ class CIRConfig:
     loss_layers: LayerRange = (6 / 32, 12 / 32)
     mode: str = "orthogonal"
     rank_activation: int = 12
-    rank_gradient: int = 24
+    rank_gradient: int = 12
     rank_background: int = 32
     exact: bool = False
     rate: float = 1.5
@@ -54,7 +55,7 @@ class CIRConfig:
     skip_first: int = 1
     max_epochs: int = 10
     budget: float = 0.001
-    disruption_tokens: int | None = 16384
+    disruption_tokens: int | None = 32768
     target_recall: float | None = None
     seed: int = 0
 

@@ -41,8 +41,8 @@ class Measure:
 
     @property
     def rise_bound(self) -> float:
-        """Upper end of the one-sided 95 % confidence interval of the rise."""
-        return self.rise + 1.645 * self.rise_stderr
+        """The rise and one standard error: what it is below with 84 % confidence."""
+        return self.rise + self.rise_stderr
 
 
 @dataclass

@@ -48,7 +48,7 @@ def unlearn(
     """Make ``model`` forget ``facts``, in place (CIR, arXiv 2509.11816).
 
     The model ends in the best state found whose loss on the disruption text rose by no more than the budget
-    (with 95 % confidence, where only a part of the text is measured). Best is the lowest mean recall or,
+    (by one standard error less, where only a part of the text is measured). Best is the lowest mean recall or,
     without probes, the most epochs. That may be the state it came in. Ctrl-C and SIGTERM end the run in the
     best state so far, and so does an exception.
 
@@ -160,9 +160,7 @@ def builtin_text() -> str:
 class _Meter:
     """Measures the model against its state when the meter was made, on at most ``tokens`` of ``rows`` (N, L)."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor, tokens: int | None
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor, tokens: int | None) -> None:
         self._model, self._tokenizer, self._facts = model, tokenizer, facts
         self._rows = spread(rows, tokens)
         self._unseen = 1 - len(self._rows) / len(rows)
