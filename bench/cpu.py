@@ -4,12 +4,13 @@
 
 An epoch is every forget step and the basis solve, with neither budget check nor retain step. The forms take
 turns, A B C A B C ..., on the same batches, layers, ranks and rate, each from the original weights. Peak memory
-is measured in a process for each form, beyond what it held before the epoch.
+is measured in a process for each form, beyond the loaded model, over fitting bases and one epoch.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
 import statistics
 import time
@@ -49,13 +50,13 @@ class Workload:
         facts = [fact for file in fact_files for fact in load_facts(file)]
         self.batches = fact_batches(tokenizer, facts, self.config, self.model.device)
         self.retain, _ = text_batches(tokenizer, None, None, self.config, self.model.device)
+        self.weights = snapshot(self.targets)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
     def prepare(self, form: str, undo: ExitStack) -> Epoch:
         """Everything up to the first update epoch of ``form``, which the function returned then runs."""
-        weights = snapshot(self.targets)
-        undo.callback(restore, self.targets, weights)
+        undo.callback(restore, self.targets, self.weights)
         if form == "eager":
             return self._eager(undo)
         config = self.config if form == "ours" else replace(self.config, rank_background=0)
@@ -100,13 +101,13 @@ def matmul_rate() -> float:
 
 
 def peak_bytes(form: str, fact_files: list[str]) -> int:
-    """Peak resident bytes of one epoch beyond those held when it began (Linux: the kernel's high-water mark)."""
+    """Peak resident bytes, beyond the loaded model, of fitting bases and one epoch (Linux: VmHWM)."""
     workload = Workload(fact_files)
+    ctypes.CDLL(None).malloc_trim(0)  # what loading freed would else serve the epoch unseen
     with ExitStack() as undo:
-        epoch = workload.prepare(form, undo)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
-        epoch()
+        workload.prepare(form, undo)()
         return _status("VmHWM") - before
 
 

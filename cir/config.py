@@ -42,7 +42,7 @@ class CIRConfig:
     loss_layers: LayerRange = (6 / 32, 12 / 32)
     mode: str = "orthogonal"
     rank_activation: int = 12
-    rank_gradient: int = 12
+    rank_gradient: int = 24
     rank_background: int = 32
     exact: bool = False
     rate: float = 1.5

@@ -146,7 +146,7 @@ def token_losses(model: Any, rows: Tensor) -> Tensor:
 
 
 def spread(rows: Tensor, tokens: int | None) -> Tensor:
-    """At most ``tokens`` tokens of windows ``rows`` (N, L): whole windows, two at least, evenly spread over the text."""
+    """At most ``tokens`` tokens of ``rows`` (N, L): whole windows, two at least, evenly spread over the text."""
     if tokens is None or rows.numel() <= tokens:
         return rows
     count = max(2, tokens // rows.shape[1])
