@@ -12,7 +12,7 @@ from cir.evaluation import mean_recall, recall
 from cir.facts import Fact
 
 DATA = Path(__file__).parent / "data"
-CONFIG = CIRConfig(budget=0.005, max_epochs=8)
+CONFIG = CIRConfig(budget=0.01, max_epochs=8)
 
 
 def run(out: Path, model_id: str | None = None, progress: bool = True) -> int:

@@ -106,5 +106,5 @@ def test_streamed_bases_hold_the_variance_at_every_site(original, capitals):
 
 def test_the_built_in_facts_are_known_and_their_neighbours_too(original):
     model, tokenizer = original
-    for name, least in (("forget", 0.4), ("related", 0.3), ("neighbours", 0.3)):
+    for name, least in (("forget", 0.4), ("related", 0.3), ("neighbours", 0.5)):
         assert mean_recall(recall(model, tokenizer, load_facts(DATA / f"demo_{name}.jsonl"))) > least
