@@ -224,7 +224,7 @@ class SubspaceStream:
         rank_gradient: int,
         mode: str = "orthogonal",
         exact: bool = False,
-        oversampling: int = 16,
+        oversampling: int = 32,
         seed: int = 0,
     ) -> None:
         if mode not in MODES:
