@@ -149,9 +149,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="watch a small model forget six capitals",
-        description="SmolLM2-135M forgets the capitals of six countries; then an attacker tries to bring them "
-        "back by training on 22 other capitals. Shows what it knew, knows and relearns, and what was kept.",
+        help="watch a small model forget capitals",
+        description="SmolLM2-135M forgets the capitals of 28 countries; then an attacker tries to bring back six "
+        "by training on the other 22. Shows what it knew, knows and relearns, and what was kept.",
     )
     demo.add_argument("--out", default="cir-demo", help="folder for plot and report (default: %(default)s)")
     demo.add_argument("--model", help=f"{MODEL_HELP}; by default SmolLM2-135M")
