@@ -64,13 +64,8 @@ def test_forgets_within_the_budget(forgotten):
     assert history[0] <= 0.14
 
 
-@pytest.mark.xfail(strict=True, reason="0.19 was measured after the attack (0.72 on the untouched model)")
 def test_resists_the_relearning_attack(forgotten):
     assert forgotten[3][-1] <= 0.16
-
-
-def test_the_attack_brings_back_far_less_than_from_the_untouched_model(forgotten):
-    assert forgotten[3][-1] <= 0.35
 
 
 def tokens_of(model, tokenizer, facts):
