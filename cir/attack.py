@@ -51,7 +51,8 @@ def relearn(
     facts, probe = load_facts(facts), load_facts(probe)
     if not any(fact.probes for fact in probe):
         raise ValueError("probe: expected facts with probes, got none")
-    targets = find_stack(model).targets(len(find_stack(model).mlps) - 1)
+    stack = find_stack(model)
+    targets = stack.targets(len(stack.mlps) - 1)
     batches = sentence_batches(tokenizer, facts, batch_size=batch_size, max_length=max_length, skip_first=0)
     weights = [target.linear.weight for target in targets]
     before = snapshot(targets)

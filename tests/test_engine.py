@@ -61,7 +61,7 @@ def test_a_zero_gradient_changes_nothing(model):
     assert all(torch.equal(t.linear.weight, w) for t, w in zip(targets, before, strict=True))
 
 
-def paper_and_ours(make, tokenizer, config, batches_of=None):
+def paper_and_ours(make, tokenizer, config):
     """The weights that an epoch of the eager paper form and one of ours reach from the same model."""
     weights = []
     for ours in (False, True):
