@@ -42,6 +42,11 @@ def project_out(rows: Tensor, basis: Basis) -> Tensor:
     return rows
 
 
+def padded(batch: Batch, mask: Tensor) -> Tensor:
+    """``mask`` (N,) over the real tokens of ``batch`` as (B, L), False at its padding."""
+    return batch.attention_mask.masked_scatter(batch.attention_mask, mask)
+
+
 class EagerCIR:
     """The forget steps of one model. ``solve`` is :func:`pca` or :func:`exact_pca`."""
 
@@ -72,7 +77,8 @@ class EagerCIR:
         """The original MLP outputs of the loss layers, and their mean norms, for each batch."""
         with self._trimmed(), torch.no_grad():
             for batch in batches:
-                outputs = [out[batch.counted(self.skip_first)] for out in self._forward(batch)[0]]
+                counted = padded(batch, batch.counted(self.skip_first))
+                outputs = [out[counted] for out in self._forward(batch)[0]]
                 self.originals.append((outputs, [float(out.norm(dim=1).mean()) for out in outputs]))
 
     def epoch(self, batches: Sequence[Batch]) -> None:
@@ -107,7 +113,8 @@ class EagerCIR:
         self, batch: Batch, original: tuple[list[Tensor], list[float]]
     ) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
         outputs, taps = self._forward(batch)
-        counted, predicting = batch.counted(self.skip_first), batch.predicting(self.skip_first)
+        counted = padded(batch, batch.counted(self.skip_first))
+        predicting = padded(batch, batch.predicting(self.skip_first))
         losses = [
             (out[counted] * before).sum(1).clamp_min(0).mean() / norm**2
             for out, before, norm in zip(outputs, *original, strict=True)

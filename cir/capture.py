@@ -43,9 +43,9 @@ class Hidden:
     """What a trimmed forward leaves.
 
     Attributes:
-        mlp_outputs: output (B, L, D) of each layer's MLP, by layer.
-        last: output (B, L, D) of the last layer run.
-        counted: positions of the counted tokens in the flattened batch.
+        mlp_outputs: output (N, D) of each layer's MLP at the batch's real tokens, by layer.
+        last: output (N, D) of the last layer run.
+        counted: which of the N tokens are counted, as indices.
         tokens: their rows at every activation site; :meth:`Capture.backward` adds the gradient sites.
     """
 
@@ -67,19 +67,21 @@ class Capture:
         self._current: Hidden | None = None
 
     def forward(self, batch: Batch, mask: Tensor) -> Hidden:
-        """Run ``batch`` (B, L) through the embedding and the layers 0..last_layer, and nothing above.
+        """Run ``batch`` through the embedding and the layers 0..last_layer, and nothing above.
 
-        ``mask`` (B, L) bool says which tokens are counted. The LM head is not run. Gradient flows unless the
-        caller is in ``torch.no_grad()``.
+        ``mask`` (N,) bool says which of its real tokens are counted. The LM head is not run. Gradient flows
+        unless the caller is in ``torch.no_grad()``.
         """
         stack, layers = self._stack, self._stack.layers
-        hidden = Hidden({}, batch.input_ids, mask.flatten().nonzero().squeeze(1), {})
+        # Padding would be a third of short sentences: end to end, they are kept apart by positions that restart.
+        input_ids, position_ids = batch.packed
+        hidden = Hidden({}, input_ids, mask.nonzero().squeeze(1), {})
 
         def keep_mlp(layer: int) -> Callable[..., None]:
-            return lambda module, args, output: hidden.mlp_outputs.update({layer: output})
+            return lambda module, args, output: hidden.mlp_outputs.update({layer: output.flatten(0, -2)})
 
         def keep_last(module: nn.Module, args: Any, output: Any) -> None:
-            hidden.last = output[0] if isinstance(output, tuple) else output
+            hidden.last = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
 
         with ExitStack() as undo:
             undo.callback(setattr, stack.decoder, stack.attribute, layers)
@@ -88,7 +90,7 @@ class Capture:
                 undo.callback(mlp.module.register_forward_hook(keep_mlp(layer)).remove)
             undo.callback(layers[self._last_layer].register_forward_hook(keep_last).remove)
             undo.enter_context(self._recording(hidden))
-            stack.decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            stack.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return hidden
 
     def backward(self, loss: Tensor, hidden: Hidden) -> Tokens:

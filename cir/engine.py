@@ -68,9 +68,9 @@ def _reads(target: Target) -> str:
 
 
 def _norm_sq(targets: Sequence[Target], tokens: Mapping[str, Tensor]) -> float:
-    """Sum of ||G^T A||^2 over targets that read one site: their gradients side by side share A's Gram matrix."""
+    """Sum of ||G^T A||^2 over targets that read one site."""
     grads = [tokens[target.gradient.name] for target in targets]
-    return float(outer_norm_sq(torch.cat(grads, dim=1), tokens[targets[0].activation.name]))
+    return float(outer_norm_sq(grads, tokens[targets[0].activation.name]))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids (B, L) padded on the right, and their bool attention mask (B, L)."""
+    """Token ids (B, L) padded on the right, and their bool attention mask (B, L).
+
+    Its N real tokens are counted row after row, without the padding.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -46,17 +50,26 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device))
 
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """(N,) the place of each real token in its row."""
+        return (self.attention_mask.cumsum(1) - 1)[self.attention_mask]
+
+    @cached_property
+    def packed(self) -> tuple[Tensor, Tensor | None]:
+        """Token and position ids (1, N) of all rows end to end; (B, L) and None where there is no padding."""
+        if self.attention_mask.all():
+            return self.input_ids, None
+        return self.input_ids[self.attention_mask][None], self.position_ids[None]
+
     def counted(self, skip_first: int) -> Tensor:
-        """(B, L) bool: the real tokens without the first ``skip_first`` of each row."""
-        mask = self.attention_mask.clone()
-        mask[:, :skip_first] = False
-        return mask
+        """(N,) bool: the real tokens without the first ``skip_first`` of each row."""
+        return self.position_ids >= skip_first
 
     def predicting(self, skip_first: int) -> Tensor:
-        """(B, L) bool: as :meth:`counted`, without the last real token of each row, which predicts nothing."""
-        mask = self.counted(skip_first)
-        mask[torch.arange(len(mask)), self.attention_mask.sum(1) - 1] = False
-        return mask
+        """(N,) bool: as :meth:`counted`, without the last real token of each row, which predicts nothing."""
+        last = self.position_ids.roll(-1) == 0
+        return self.counted(skip_first) & ~last
 
 
 def load_facts(source: str | Path | Iterable[str | Mapping[str, Any] | Fact]) -> list[Fact]:

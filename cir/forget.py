@@ -92,7 +92,7 @@ class Forgetter:
                 break
             loss, tokens = self._forget_tokens(batch, original)
             self._observe(tokens)
-            selective_step(self._targets, self._common.collapse(tokens), rate)
+            selective_step(self._targets, self._common.collapse_(tokens), rate)
             breaking.append(loss)
             if self._retain_originals:
                 retain.append(self._retain_step())
@@ -105,7 +105,7 @@ class Forgetter:
         skip = self._config.skip_first
         hidden = self._tape.forward(batch, batch.predicting(skip))
         loss = mlp_breaking(hidden.mlp_outputs, original, batch.counted(skip))
-        return _finite(loss), self._background.collapse(self._tape.backward(loss, hidden))
+        return _finite(loss), self._background.collapse_(self._tape.backward(loss, hidden))
 
     def _retain_step(self) -> float:
         i = self._retain_steps % len(self._retain)
@@ -145,7 +145,7 @@ class Forgetter:
         stream = SubspaceStream(sites, rank_activation=rank, rank_gradient=1, seed=self._config.seed)
         for batch in self._retain:
             # First tokens too: attention sinks are what a change of the weights must not touch.
-            stream.observe(self._tape.forward(batch, batch.attention_mask).tokens)
+            stream.observe(self._tape.forward(batch, batch.counted(0)).tokens)
         return stream.solve()
 
 

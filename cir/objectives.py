@@ -18,7 +18,7 @@ class OriginalOutput:
 
 
 def original_output(output: Tensor, mask: Tensor) -> OriginalOutput:
-    """Keep the rows of ``output`` (B, L, D) where ``mask`` (B, L) is True, on the host."""
+    """Keep the rows of ``output`` (N, D) where ``mask`` (N,) is True, on the host."""
     rows = output[mask]
     return OriginalOutput(rows.cpu(), float(rows.float().norm(dim=-1).mean()))
 
@@ -27,9 +27,9 @@ def mlp_breaking(outputs: Mapping[int, Tensor], originals: Mapping[int, Original
     """Mean over loss layers l of mean over tokens of max(0, o_l . o_l^orig) / n_l^2.
 
     Args:
-        outputs: MLP outputs o_l (B, L, D) by layer, at least those in ``originals``.
+        outputs: MLP outputs o_l (N, D) by layer, at least those in ``originals``.
         originals: by loss layer, the outputs before any update, and n_l.
-        mask: (B, L) bool, the tokens of ``originals``.
+        mask: (N,) bool, the tokens of ``originals``.
 
     Returns:
         A float32 scalar (float64 for float64 models).
@@ -47,7 +47,7 @@ def hidden_retain(hidden: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     """Mean distance ||h - h^orig|| over tokens, over the mean norm ||h^orig||.
 
     Args:
-        hidden: (B, L, D) hidden states now. original: (T, D) those recorded, of the tokens in ``mask`` (B, L).
+        hidden: (N, D) hidden states now. original: (T, D) those recorded, of the tokens in ``mask`` (N,).
     """
     rows = hidden[mask]
     rows = rows if rows.dtype == torch.float64 else rows.float()

@@ -32,9 +32,9 @@ class Subspace:
     mixer: Tensor | None
     variance: Tensor
 
-    def collapse(self, x: Tensor) -> Tensor:
-        """Rows ``x`` (T, D) with the common subspace taken out; same dtype."""
-        return collapse(x, self.basis, self.mixer)
+    def collapse_(self, x: Tensor) -> Tensor:
+        """Take the common subspace out of rows ``x`` (T, D), in place."""
+        return collapse(x, self.basis, self.mixer, out=x)
 
 
 def principal_components(moments: Moments, rank: int, centred: bool = True) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def principal_components(moments: Moments, rank: int, centred: bool = True) -> t
 
 
 def _nystroem(action: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs, ascending, of the rank-s approximation of S from S Omega; Omega has orthonormal columns."""
+    """Eigenpairs, ascending, of the rank-s approximation of S from S Omega, whatever the columns of Omega."""
     shift = torch.finfo(action.dtype).eps * torch.linalg.norm(action)
     shift = shift.clamp_min(torch.finfo(action.dtype).tiny)
     shifted = action + shift * omega
@@ -139,9 +139,11 @@ class Subspaces(Mapping[str, Subspace]):
     def __len__(self) -> int:
         return len(self._subspaces)
 
-    def collapse(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rows (T, width) by site, collapsed at the sites that have a subspace and as they are elsewhere."""
-        return {name: self[name].collapse(x) if name in self else x for name, x in tokens.items()}
+    def collapse_(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Collapse rows (T, width), in place, at the sites that have a subspace; returns ``tokens``."""
+        for name in self.keys() & tokens.keys():
+            self[name].collapse_(tokens[name])
+        return tokens
 
     def then(self, other: Subspaces) -> Subspaces:
         """The one collapse that is this one followed by ``other``, fitted on what this one leaves.
@@ -237,6 +239,7 @@ class SubspaceStream:
                 raise ValueError(f"{site.name}: expected a rank of 1 to {site.width}, got {rank}")
         self._mode, self._exact, self._oversampling = mode, exact, oversampling
         self._generator = torch.Generator().manual_seed(seed)
+        self._random: dict[tuple[int, int], Tensor] = {}
         self._moments: dict[str, Moments] = {}
         self._components: dict[str, Tensor] = {}
 
@@ -257,7 +260,7 @@ class SubspaceStream:
             for name, kind in ((site.name, site.kind) for site in self._sites)
         }
         self._components = {name: subspace.basis for name, subspace in solved.items()}
-        self._moments = {}
+        self._moments, self._random = {}, {}
         return Subspaces(solved, self._mode)
 
     def _omega(self, site: Site) -> Tensor | None:
@@ -266,8 +269,11 @@ class SubspaceStream:
         columns = min(rank + min(rank, 64) + self._oversampling, site.width)
         if self._exact or columns == site.width:
             return None
-        random = torch.randn(site.width, columns, dtype=torch.float64, generator=self._generator)
+        shape = (site.width, columns)
+        if shape not in self._random:  # sites of one shape share the draw, of which each stream has its own
+            self._random[shape] = torch.randn(shape, generator=self._generator).double() / site.width**0.5
+        omega = self._random[shape]
         if site.name in self._components:
             warm = self._components[site.name].double().cpu()
-            random[:, : warm.shape[1]] = warm
-        return torch.linalg.qr(random)[0]
+            omega = torch.cat([warm, omega[:, warm.shape[1] :]], dim=1)
+        return omega

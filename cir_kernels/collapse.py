@@ -40,5 +40,4 @@ def collapse(
     check_device(x=x, basis=basis, mixer=mixer, mask=mask, out=out)
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
         raise ValueError(f"out: expected {tuple(x.shape)} {x.dtype}, got {tuple(out.shape)} {out.dtype}")
-    result = reference.collapse(x, basis, mixer, mask)
-    return result if out is None else out.copy_(result)
+    return reference.collapse(x, basis, mixer, mask, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -10,22 +11,28 @@ from cir_kernels import reference
 from cir_kernels._checks import check_device, check_rows
 
 
-def outer_norm_sq(g: Tensor, a: Tensor) -> Tensor:
-    """||G^T A||_F^2 of output gradients ``g`` (T, D_out) and inputs ``a`` (T, D_in).
+def outer_norm_sq(grads: Sequence[Tensor], a: Tensor) -> Tensor:
+    """Sum over ``grads`` of ||G^T A||_F^2, for the linears that read one input.
 
-    Taken from two T x T Gram matrices, or from the product itself where that is fewer operations.
+    Taken from T x T Gram matrices, or from the products themselves where that is fewer operations.
+
+    Args:
+        grads: the linears' output gradients G (T, D_out), at least one. a: their input (T, D_in).
 
     Returns:
-        A float64 scalar tensor on the device of ``g``; zero for T = 0.
+        A float64 scalar tensor on the device of ``a``; zero for T = 0.
 
     Raises:
-        ValueError: if the row counts, dtypes or devices differ.
+        ValueError: if there are no gradients, or row counts, dtypes or devices differ.
     """
-    _check_pair(g, a)
-    rows, (d_out, d_in) = len(g), (g.shape[1], a.shape[1])
+    if not grads:
+        raise ValueError("grads: expected at least one gradient, got none")
+    for g in grads:
+        _check_pair(g, a)
+    rows, d_in, d_out = len(a), a.shape[1], sum(g.shape[1] for g in grads)
     if rows * (d_out + d_in) <= d_out * d_in:
-        return reference.outer_norm_sq_gram(g, a)
-    return reference.outer_norm_sq_direct(g, a)
+        return reference.outer_norm_sq_gram(grads, a)
+    return reference.outer_norm_sq_direct(grads, a)
 
 
 def outer_update_(w: Tensor, g: Tensor, a: Tensor, scale: float) -> Tensor:

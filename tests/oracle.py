@@ -43,12 +43,11 @@ def breaking_loss(outputs: dict[int, Tensor], originals: dict[int, Tensor], mask
     by_layer = []
     for layer, original in originals.items():
         overlaps, norms = [], []
-        for b in range(mask.shape[0]):
-            for t in range(mask.shape[1]):
-                if mask[b, t]:
-                    now, then = outputs[layer][b, t].double(), original[b, t].double()
-                    overlaps.append(max(0.0, float(torch.dot(now, then))))
-                    norms.append(math.sqrt(float(torch.dot(then, then))))
+        for t in range(len(mask)):
+            if mask[t]:
+                now, then = outputs[layer][t].double(), original[t].double()
+                overlaps.append(max(0.0, float(torch.dot(now, then))))
+                norms.append(math.sqrt(float(torch.dot(then, then))))
         mean_norm = sum(norms) / len(norms)
         by_layer.append(sum(overlaps) / len(overlaps) / mean_norm**2)
     return sum(by_layer) / len(by_layer)
@@ -56,12 +55,11 @@ def breaking_loss(outputs: dict[int, Tensor], originals: dict[int, Tensor], mask
 
 def retain_loss(hidden: Tensor, original: Tensor, mask: Tensor) -> float:
     distances, norms = [], []
-    for b in range(mask.shape[0]):
-        for t in range(mask.shape[1]):
-            if mask[b, t]:
-                now, then = hidden[b, t].double(), original[b, t].double()
-                distances.append(float((now - then).norm()))
-                norms.append(float(then.norm()))
+    for t in range(len(mask)):
+        if mask[t]:
+            now, then = hidden[t].double(), original[t].double()
+            distances.append(float((now - then).norm()))
+            norms.append(float(then.norm()))
     return (sum(distances) / len(distances)) / (sum(norms) / len(norms))
 
 

@@ -15,6 +15,11 @@ def loss_of(outputs, mask):
     return sum((o[mask] ** 3).sum() for o in outputs.values())
 
 
+def real(rows):
+    """(B, L, D) of the padded batch to (N, D)"""
+    return rows[BATCH.attention_mask]
+
+
 @pytest.mark.parametrize("layers_require_grad", [True, False])
 def test_activations_and_gradients_are_autograds(model, layers_require_grad, unchanged):
     for parameter in model.parameters():
@@ -41,11 +46,11 @@ def test_activations_and_gradients_are_autograds(model, layers_require_grad, unc
     for layer in (1, 2):
         stack.mlps[layer].module.register_forward_hook(lambda m, a, out, layer=layer: mlps.update({layer: out}))
     model.eval()(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask)
-    loss_of(mlps, mask).backward()
+    loss_of({layer: real(out) for layer, out in mlps.items()}, mask).backward()
     assert set(tokens) == {site.name for site in sites_of(stack.targets(2))}
     for target, (a, y) in seen.items():
-        torch.testing.assert_close(tokens[target.activation.name], a[mask])
-        torch.testing.assert_close(tokens[target.gradient.name], y.grad[mask])
+        torch.testing.assert_close(tokens[target.activation.name], real(a)[mask])
+        torch.testing.assert_close(tokens[target.gradient.name], real(y.grad)[mask])
 
 
 def test_nothing_above_the_last_layer_runs(model):
@@ -54,12 +59,12 @@ def test_nothing_above_the_last_layer_runs(model):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
     model.lm_head.register_forward_hook(lambda *_: ran.append("head"))
     with capture(model, find_stack(model), 1) as tape, torch.no_grad():
-        hidden = tape.forward(BATCH, BATCH.attention_mask)
+        hidden = tape.forward(BATCH, BATCH.counted(0))
         assert ran == [0, 1]
         ran.clear()
         whole = model(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask, output_hidden_states=True)
         assert ran == [0, 1, 2, 3, "head"]
-    torch.testing.assert_close(hidden.last, whole.hidden_states[2])
+    torch.testing.assert_close(hidden.last, whole.hidden_states[2][BATCH.attention_mask])
 
 
 def test_everything_is_restored_after_an_exception(model, unchanged):
@@ -67,7 +72,7 @@ def test_everything_is_restored_after_an_exception(model, unchanged):
     stack = find_stack(model)
     with pytest.raises(RuntimeError, match="stop here"), capture(model, stack, 2) as tape:  # noqa: PT012
         stack.mlps[1].module.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop here")))
-        tape.forward(BATCH, BATCH.attention_mask)
+        tape.forward(BATCH, BATCH.counted(0))
     stack.mlps[1].module._forward_hooks.clear()
     unchanged(model)
 
@@ -78,7 +83,7 @@ def test_a_second_capture_is_refused_and_harms_nothing(model, unchanged):
     with capture(model, stack, 1) as tape:
         with pytest.raises(RuntimeError, match=r"layers\.0.*already captured"), capture(model, stack, 1):
             pass
-        tape.forward(BATCH, BATCH.attention_mask)
+        tape.forward(BATCH, BATCH.counted(0))
     unchanged(model)
 
 

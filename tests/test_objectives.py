@@ -10,7 +10,7 @@ BATCH = pad([[1, 2, 3, 4], [1, 2, 3]])
 
 
 def rand(seed: int) -> torch.Tensor:
-    return torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(7, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_mlp_breaking_is_its_formula():
@@ -36,6 +36,6 @@ def test_hidden_retain_is_its_formula_and_has_a_gradient_at_zero_distance():
 
 def test_masks_drop_padding_the_first_tokens_and_the_last():
     T, F = True, False
-    assert BATCH.counted(1).tolist() == [[F, T, T, T], [F, T, T, F]]
-    assert BATCH.predicting(1).tolist() == [[F, T, T, F], [F, T, F, F]]
-    assert BATCH.predicting(0).tolist() == [[T, T, T, F], [T, T, F, F]]
+    assert BATCH.counted(1).tolist() == [F, T, T, T, F, T, T]
+    assert BATCH.predicting(1).tolist() == [F, T, T, F, F, T, F]
+    assert BATCH.predicting(0).tolist() == [T, T, T, F, T, T, F]

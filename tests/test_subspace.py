@@ -52,7 +52,7 @@ def test_sequential_is_one_projection_after_the_other():
     want = x.double()
     for direction in (mean / mean.norm(), *torch.linalg.eigh(covariance)[1].flip(1)[:, :3].T):
         want = want - torch.outer(want @ direction, direction)
-    got = solve(x, 4, "sequential", exact=True).collapse(x)
+    got = solve(x, 4, "sequential", exact=True).collapse_(x.clone())
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
 
 
@@ -61,7 +61,7 @@ def test_soft_scales_directions_down_to_the_smallest_kept():
     moments = x.double().T @ x.double() / len(x)
     values, vectors = torch.linalg.eigh(moments)
     values, vectors = values.flip(0), vectors.flip(1)
-    got = solve(x, 4, "soft", exact=True).collapse(x).double() @ vectors
+    got = solve(x, 4, "soft", exact=True).collapse_(x.clone()).double() @ vectors
     want = x.double() @ vectors
     want[:, :4] *= values[3] / values[:4]
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
@@ -88,11 +88,14 @@ def test_the_sketch_finds_what_the_exact_basis_holds(sink):
 def test_a_collapse_of_two_is_one_after_the_other():
     x = rows()
     first = Subspaces({"s": solve(x, 3)}, "orthogonal")
-    left = first.collapse({"s": x})
+    left = first.collapse_({"s": x.clone()})
     for mode in ("orthogonal", "sequential", "soft"):
         second = Subspaces({"s": solve(left["s"], 3, mode)}, mode)
         torch.testing.assert_close(
-            first.then(second).collapse({"s": x})["s"], second.collapse(left)["s"], atol=1e-5, rtol=0
+            first.then(second).collapse_({"s": x.clone()})["s"],
+            second.collapse_({"s": left["s"].clone()})["s"],
+            atol=1e-5,
+            rtol=0,
         )
     assert torch.equal(first.then(Subspaces({}, "soft"))["s"].basis, first["s"].basis)
 
@@ -103,7 +106,7 @@ def test_save_and_load(tmp_path, mode):
     saved.save(tmp_path / "s.safetensors")
     loaded = Subspaces.load(tmp_path / "s.safetensors")
     assert loaded.mode == mode
-    assert torch.equal(loaded["s"].collapse(rows()), saved["s"].collapse(rows()))
+    assert torch.equal(loaded["s"].collapse_(rows()), saved["s"].collapse_(rows()))
     assert torch.equal(loaded["s"].variance, saved["s"].variance)
     assert [file.name for file in tmp_path.iterdir()] == ["s.safetensors"]
 
