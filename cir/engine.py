@@ -31,7 +31,7 @@ def selective_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], rate
     Raises:
         NonFiniteError: before any weight is changed.
     """
-    norm = math.sqrt(sum(_norm_sq(list(group), tokens) for _, group in groupby(targets, _reads)))
+    norm = math.sqrt(outer_norm_sq(_groups(targets, tokens)))
     if not math.isfinite(norm):
         raise NonFiniteError(f"expected a finite update, got norm {norm}; no weight was changed")
     if norm > 0:
@@ -63,14 +63,10 @@ def restore(targets: Sequence[Target], weights: Sequence[Tensor]) -> None:
         target.linear.weight.copy_(weight)
 
 
-def _reads(target: Target) -> str:
-    return target.activation.name
-
-
-def _norm_sq(targets: Sequence[Target], tokens: Mapping[str, Tensor]) -> float:
-    """Sum of ||G^T A||^2 over targets that read one site."""
-    grads = [tokens[target.gradient.name] for target in targets]
-    return float(outer_norm_sq(grads, tokens[targets[0].activation.name]))
+def _groups(targets: Sequence[Target], tokens: Mapping[str, Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """The gradients of targets that read one site, beside what they read."""
+    by_site = groupby(targets, lambda target: target.activation.name)
+    return [([tokens[target.gradient.name] for target in group], tokens[name]) for name, group in by_site]
 
 
 @torch.no_grad()

@@ -51,13 +51,13 @@ def principal_components(moments: Moments, rank: int, centred: bool = True) -> t
         ValueError: if no rows were seen, ``rank`` exceeds the columns kept, or a moment is not finite.
     """
     columns = moments.action.shape[1]
-    if moments.count == 0:
+    if not moments.count:
         raise ValueError("expected moments of at least one token, got none")
     if rank > columns:
         raise ValueError(f"expected at most {columns} components, got {rank}")
     if not torch.isfinite(moments.action).all():
         raise ValueError("expected finite moments, got NaN or infinity")
-    mean, omega = moments.total / moments.count, moments.omega
+    mean, omega = moments.total / moments.count, None if moments.omega is None else moments.omega.double()
     action = moments.action
     if centred:
         projected = mean if omega is None else mean @ omega
@@ -271,9 +271,9 @@ class SubspaceStream:
             return None
         shape = (site.width, columns)
         if shape not in self._random:  # sites of one shape share the draw, of which each stream has its own
-            self._random[shape] = torch.randn(shape, generator=self._generator).double() / site.width**0.5
+            self._random[shape] = torch.randn(shape, generator=self._generator) / site.width**0.5
         omega = self._random[shape]
         if site.name in self._components:
-            warm = self._components[site.name].double().cpu()
+            warm = self._components[site.name].cpu()
             omega = torch.cat([warm, omega[:, warm.shape[1] :]], dim=1)
         return omega

@@ -1,11 +1,23 @@
-"""Collapse: take a subspace out of the rows of a matrix."""
+"""Collapse: take a subspace out of the rows of a matrix.
+
+Two launches, project and subtract. One program cannot hold a row of 14,336 beside the (D, k) basis, and a
+row-blocked single kernel would read the basis once for each 16 rows, several times the bytes of X.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cir_kernels import reference
-from cir_kernels._checks import check_device, check_mask, check_rows
+from cir_kernels._checks import check_basis, check_device, check_mask, check_out, check_rows
+from cir_kernels._dispatch import dot, dot_split, halves, narrow, register, resolve, tl, triton
+
+BLOCK_D = 64
+WIDEST_OMEGA, WIDEST_BASIS = 128, 64
+"""Columns of a test matrix and of a basis that one program holds without spilling registers."""
+PROGRAMS = 256
+"""Programs that fill a large GPU. Fixed, so that sums are ordered alike on every device."""
 
 
 def collapse(
@@ -14,30 +26,267 @@ def collapse(
     mixer: Tensor | None = None,
     mask: Tensor | None = None,
     out: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Collapse the rows of ``x`` against a basis: X - (X P) M^T P^T (arXiv 2509.11816, section 3).
 
     Args:
-        x: (T, D) rows, float64, float32, float16 or bfloat16. Half precision is computed in float32.
+        x: (T, D) rows, float64, float32, float16 or bfloat16, of any strides. Sums are float32 (float64 for
+            float64), and the basis is not rounded to half precision.
         basis: P, (D, k), 0 <= k <= D. For the orthogonal collapse its columns are orthonormal.
         mixer: M, (k, k); None stands for the identity.
         mask: (T,) bool; rows that are False come back as zero.
         out: where to write, shape and dtype of ``x``; may be ``x`` itself.
+        backend: "torch" or "triton"; None for the one of CIR_KERNELS_BACKEND, or else by device.
 
     Returns:
         (T, D) in the dtype of ``x``; ``out`` where given.
 
     Raises:
-        ValueError: on a shape, dtype or device that does not fit.
+        TypeError: if ``x`` is not a floating tensor.
+        ValueError: on a shape or device that does not fit, or an ``out`` that overlaps ``x`` in part.
+        RuntimeError: if the backend asked for cannot run.
     """
     check_rows("x", x)
-    if basis.ndim != 2 or basis.shape[0] != x.shape[1] or basis.shape[1] > basis.shape[0]:
-        raise ValueError(f"basis: expected ({x.shape[1]}, k) with k <= {x.shape[1]}, got {tuple(basis.shape)}")
-    rank = basis.shape[1]
-    if mixer is not None and mixer.shape != (rank, rank):
-        raise ValueError(f"mixer: expected ({rank}, {rank}), got {tuple(mixer.shape)}")
+    check_basis(basis, mixer, x.shape[1])
     check_mask(mask, len(x))
     check_device(x=x, basis=basis, mixer=mixer, mask=mask, out=out)
-    if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
-        raise ValueError(f"out: expected {tuple(x.shape)} {x.dtype}, got {tuple(out.shape)} {out.dtype}")
-    return reference.collapse(x, basis, mixer, mask, out)
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        check_out(out, x)
+    _collapse(x, basis, mixer, mask, out, resolve(backend, x))
+    return out
+
+
+@register("collapse(Tensor x, Tensor basis, Tensor? mixer, Tensor? mask, Tensor(a!) out, str backend) -> ()")
+def _collapse(x: Tensor, basis: Tensor, mixer: Tensor | None, mask: Tensor | None, out: Tensor, backend: str) -> None:
+    if backend == "torch":
+        reference.collapse(x, basis, mixer, mask, out)
+    elif x.numel():
+        left, right = sides(basis, mixer)
+        coefficients, _ = project(x, None, left, mask)
+        subtract(x, coefficients, right, mask, out)
+
+
+def sides(basis: Tensor, mixer: Tensor | None) -> tuple[Tensor, Tensor]:
+    """L and R (D, k) of X - (X L) R^T: P and P M."""
+    basis = basis.float()
+    return basis, basis if mixer is None else basis @ mixer.float()
+
+
+def columns_block(columns: int, widest: int) -> int:
+    """Columns a program holds: a power of two, 16 at least; 0 of none."""
+    return min(widest, max(16, triton.next_power_of_2(columns))) if columns else 0
+
+
+def project(x: Tensor, omega: Tensor | None, basis: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """X against float32 test and basis columns together, from one trip over X.
+
+    Returns:
+        X [Omega, P] in float32 by splits of the width (splits, T, s + k), to be summed by who reads it, and
+        the largest entry of each row by split (splits, T). Masked rows are zero.
+    """
+    rows, width = x.shape
+    n_omega, n_basis = (0 if m is None else m.shape[1] for m in (omega, basis))
+    block_omega, block_basis = columns_block(n_omega, WIDEST_OMEGA), columns_block(n_basis, WIDEST_BASIS)
+    n_blocks = max(1, triton.cdiv(n_omega, WIDEST_OMEGA), triton.cdiv(n_basis, WIDEST_BASIS))
+    block_rows = 32 if rows <= 256 else 64
+    row_blocks = triton.cdiv(rows, block_rows)
+    splits = max(1, min(16, PROGRAMS // (row_blocks * n_blocks), triton.cdiv(width, 4 * BLOCK_D)))
+    split_width = triton.cdiv(triton.cdiv(width, splits), BLOCK_D) * BLOCK_D
+    parts = x.new_empty(splits, rows, n_omega + n_basis, dtype=torch.float32)
+    largest = x.new_empty(splits, rows, dtype=torch.float32)
+    left, right = (x if m is None else m for m in (omega, basis))
+    _project_kernel[(row_blocks, splits, n_blocks)](
+        x,
+        left,
+        right,
+        mask,
+        parts,
+        largest,
+        rows,
+        width,
+        split_width,
+        n_omega,
+        n_basis,
+        *x.stride(),
+        *left.stride(),
+        *right.stride(),
+        BLOCK_T=block_rows,
+        BLOCK_D=64 if x.dtype == torch.bfloat16 and not n_omega else 32,
+        BLOCK_OMEGA=block_omega,
+        BLOCK_BASIS=64 if n_omega and n_basis else block_basis,  # beside 128 columns, 32 spill where 64 do not
+        num_warps=8,
+        num_stages=3,
+    )
+    return parts, largest
+
+
+@triton.jit
+def _project_kernel(
+    x_ptr,
+    omega_ptr,
+    basis_ptr,
+    mask_ptr,
+    parts_ptr,
+    largest_ptr,
+    n_tokens,
+    width,
+    split_width,
+    n_omega,
+    n_basis,
+    stride_xt,
+    stride_xd,
+    stride_od,
+    stride_os,
+    stride_bd,
+    stride_bk,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_OMEGA: tl.constexpr,
+    BLOCK_BASIS: tl.constexpr,
+):
+    i_split, i_block = tl.program_id(1), tl.program_id(2)
+    o_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    m_t = o_t < n_tokens
+    if mask_ptr is not None:
+        m_t &= tl.load(mask_ptr + o_t, mask=m_t, other=0) != 0
+    largest = tl.zeros((BLOCK_T,), tl.float32)
+    if BLOCK_OMEGA:
+        o_s = i_block * BLOCK_OMEGA + tl.arange(0, BLOCK_OMEGA)
+        acc_omega = tl.zeros((BLOCK_T, BLOCK_OMEGA), tl.float32)
+    if BLOCK_BASIS:
+        o_k = i_block * BLOCK_BASIS + tl.arange(0, BLOCK_BASIS)
+        acc_basis = tl.zeros((BLOCK_T, BLOCK_BASIS), tl.float32)
+    start = i_split * split_width
+    for d in range(start, min(start + split_width, width), BLOCK_D):
+        o_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
+        m_d = o_d < width
+        p_x = x_ptr + o_t[:, None] * stride_xt + o_d[None, :] * stride_xd
+        b_x = tl.load(p_x, mask=m_t[:, None] & m_d[None, :], other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(b_x).to(tl.float32), axis=1))
+        if BLOCK_OMEGA:
+            p_o = omega_ptr + o_d[:, None] * stride_od + o_s[None, :] * stride_os
+            b_o = tl.load(p_o, mask=m_d[:, None] & (o_s < n_omega)[None, :], other=0.0)
+            acc_omega = dot_split(b_x, b_o, acc_omega)
+        if BLOCK_BASIS:
+            p_b = basis_ptr + o_d[:, None] * stride_bd + o_k[None, :] * stride_bk
+            b_b = tl.load(p_b, mask=m_d[:, None] & (o_k < n_basis)[None, :], other=0.0)
+            acc_basis = dot_split(b_x, b_b, acc_basis)
+    m_t = o_t < n_tokens
+    p_row = i_split * tl.cast(n_tokens, tl.int64) + o_t
+    if i_block == 0:
+        tl.store(largest_ptr + p_row, largest, mask=m_t)
+    p_out = parts_ptr + p_row[:, None] * (n_omega + n_basis)
+    if BLOCK_OMEGA:
+        tl.store(p_out + o_s[None, :], acc_omega, mask=m_t[:, None] & (o_s < n_omega)[None, :])
+    if BLOCK_BASIS:
+        tl.store(p_out + n_omega + o_k[None, :], acc_basis, mask=m_t[:, None] & (o_k < n_basis)[None, :])
+
+
+def subtract(x: Tensor, parts: Tensor, right: Tensor, mask: Tensor | None, out: Tensor) -> None:
+    """out = X - C R^T, with C (T, k) the sum of ``parts`` (splits, T, k); masked rows become zero."""
+    rows, width = x.shape
+    rank = right.shape[1]
+    block_rows = 32 if rows <= 256 else 64
+    row_blocks = triton.cdiv(rows, block_rows)
+    splits = max(1, min(2 * PROGRAMS // row_blocks, triton.cdiv(width, 2 * BLOCK_D)))
+    _subtract_kernel[(row_blocks, splits)](
+        x,
+        parts,
+        right,
+        mask,
+        out,
+        rows,
+        width,
+        triton.cdiv(triton.cdiv(width, splits), BLOCK_D) * BLOCK_D,
+        rank,
+        len(parts),
+        *x.stride(),
+        *right.stride(),
+        *out.stride(),
+        N_BLOCKS=1 if rank <= WIDEST_BASIS else triton.cdiv(rank, 32),
+        BLOCK_T=block_rows,
+        BLOCK_D=32 if x.dtype != torch.bfloat16 and block_rows == 64 else 64,
+        BLOCK_K=columns_block(max(1, rank), WIDEST_BASIS) if rank <= WIDEST_BASIS else 32,
+        num_warps=8,
+        num_stages=3,
+    )
+
+
+@triton.jit
+def _load_parts(parts_ptr, o_t, o_k, n_tokens, rank, n_parts):
+    """C[o_t, o_k], summed over the splits in their order."""
+    m_c = (o_t < n_tokens)[:, None] & (o_k < rank)[None, :]
+    p_c = parts_ptr + o_t[:, None] * rank + o_k[None, :]
+    b_c = tl.load(p_c, mask=m_c, other=0.0)
+    for i in range(1, n_parts):
+        b_c += tl.load(p_c + i * tl.cast(n_tokens, tl.int64) * rank, mask=m_c, other=0.0)
+    return b_c
+
+
+@triton.jit
+def less_projection(b_x, b_c, b_r):
+    """X - C R^T of a tile, in float32; products as exact as the dtype of X can tell."""
+    acc = tl.zeros((b_c.shape[0], b_r.shape[0]), tl.float32)
+    if b_x.dtype == tl.bfloat16:
+        c_high, c_low = halves(b_c)
+        r_high, r_low = halves(tl.trans(b_r))
+        acc = dot(c_high, r_low, dot(c_low, r_high, acc))
+        return b_x.to(tl.float32) - dot(c_high, r_high, acc)
+    return b_x.to(tl.float32) - dot(b_c, tl.trans(b_r), acc)
+
+
+@triton.jit
+def _subtract_kernel(
+    x_ptr,
+    parts_ptr,
+    right_ptr,
+    mask_ptr,
+    out_ptr,
+    n_tokens,
+    width,
+    split_width,
+    rank,
+    n_parts,
+    stride_xt,
+    stride_xd,
+    stride_rd,
+    stride_rk,
+    stride_ot,
+    stride_od,
+    N_BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    o_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    m_t = o_t < n_tokens
+    kept = m_t
+    if mask_ptr is not None:
+        kept &= tl.load(mask_ptr + o_t, mask=m_t, other=0) != 0
+    o_k = tl.arange(0, BLOCK_K)
+    if N_BLOCKS == 1:  # small enough to stay in registers over the whole width
+        b_c = _load_parts(parts_ptr, o_t, o_k, n_tokens, rank, n_parts)
+    start = tl.program_id(1) * split_width
+    for d in range(start, min(start + split_width, width), BLOCK_D):
+        o_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
+        m_d = o_d < width
+        p_x = x_ptr + o_t[:, None] * stride_xt + o_d[None, :] * stride_xd
+        b_x = tl.load(p_x, mask=kept[:, None] & m_d[None, :], other=0.0)
+        if N_BLOCKS == 1:
+            p_r = right_ptr + o_d[:, None] * stride_rd + o_k[None, :] * stride_rk
+            b_r = tl.load(p_r, mask=m_d[:, None] & (o_k < rank)[None, :], other=0.0)
+            b_out = less_projection(b_x, b_c, b_r)
+        else:
+            b_out = b_x.to(tl.float32)
+            for i in range(N_BLOCKS):
+                o_i = i * BLOCK_K + o_k
+                b_i = _load_parts(parts_ptr, o_t, o_i, n_tokens, rank, n_parts)
+                p_r = right_ptr + o_d[:, None] * stride_rd + o_i[None, :] * stride_rk
+                b_r = tl.load(p_r, mask=m_d[:, None] & (o_i < rank)[None, :], other=0.0)
+                b_out = less_projection(b_out, b_i, b_r)
+        p_out = out_ptr + o_t[:, None] * stride_ot + o_d[None, :] * stride_od
+        tl.store(p_out, narrow(b_out, out_ptr.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cir_kernels.rounding import dither, join, random_bits, split
+
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half-precision operands are multiplied and summed in float32."""
@@ -34,14 +36,28 @@ def collapse(
     return result.to(x.dtype) if out is None or out is result else out.copy_(result)
 
 
-def moments(x: Tensor, omega: Tensor | None, mask: Tensor | None) -> tuple[int, Tensor, Tensor]:
-    """Row count, column sums (D,) and X^T X Omega (D, s) in float64; Omega = I where None.
+def accumulate_moments(x: Tensor, omega: Tensor | None, mask: Tensor | None, total: Tensor, action: Tensor) -> None:
+    """Add column sums (D,) and X^T X Omega (D, s) to float64 sums in place; Omega = I where None.
 
     float64 because one token's gradient can be 1e5 times the median's: squared, float32 would lose every
     component but that token's.
     """
     rows = (x if mask is None else x[mask]).double()
-    return len(rows), rows.sum(0), rows.T @ (rows if omega is None else rows @ omega)
+    total += rows.sum(0)
+    action.addmm_(rows.T, rows if omega is None else rows @ omega.double())
+
+
+def accumulate_scatter(c: Tensor, x: Tensor, mean: Tensor | None, mask: Tensor | None) -> None:
+    """Add (X - mu)^T (X - mu) to the lower triangle ``c``, (D, D) or packed, in the dtype of ``c``."""
+    rows = (x if mask is None else x[mask]).to(c.dtype)
+    if mean is not None:
+        rows = rows - mean.to(c.dtype)
+    product = rows.T @ rows
+    if c.ndim == 2:
+        c += product.tril()
+    else:
+        lower = torch.tril_indices(*product.shape, device=c.device)
+        c += product[lower[0], lower[1]]
 
 
 def outer_norm_sq_gram(grads: Sequence[Tensor], a: Tensor) -> Tensor:
@@ -62,13 +78,34 @@ def outer_norm_sq_direct(grads: Sequence[Tensor], a: Tensor) -> Tensor:
     return torch.stack([torch.sum((g.to(dtype).T @ a) ** 2, dtype=torch.float64) for g in grads]).sum()
 
 
-def outer_update_(w: Tensor, g: Tensor, a: Tensor, scale: float) -> Tensor:
-    """W <- W + scale * G^T A in place; half-precision W is rounded once, to nearest."""
+def outer_update_(
+    w: Tensor,
+    g: Tensor,
+    a: Tensor,
+    scale: Tensor,
+    rounding: str = "nearest",
+    seed: int = 0,
+    remainder: Tensor | None = None,
+) -> Tensor:
+    """W <- W + scale * G^T A in place; half-precision W is summed in float32 and rounded once."""
     dtype = _compute_dtype(w.dtype)
-    if dtype == w.dtype:
-        return w.addmm_(g.to(dtype).T, a.to(dtype), alpha=scale)
+    scale = scale.to(dtype)
     a = a.to(dtype)
+    if dtype == w.dtype:
+        return w.addmm_((g.to(dtype) * scale).T, a)
+    columns = torch.arange(w.shape[1], device=w.device)
     # Row blocks keep the float32 copy of a half-precision weight small.
-    for block, columns in zip(w.split(1024), g.split(1024, dim=1), strict=True):
-        block.copy_(torch.addmm(block.to(dtype), columns.to(dtype).T, a, alpha=scale))
+    for start in range(0, len(w), 1024):
+        rows = slice(start, start + 1024)
+        block = w[rows]
+        before = block.float() if remainder is None else join(block.contiguous(), remainder[rows])
+        after = torch.addmm(before, (g[:, rows].to(dtype) * scale).T, a)
+        if remainder is not None:
+            high, remainder[rows] = split(after)
+            block.copy_(high)
+            continue
+        if rounding == "stochastic":
+            places = torch.arange(start, start + len(block), device=w.device)
+            after = dither(after, random_bits(places, columns, seed), w.dtype)
+        block.copy_(after)
     return w

@@ -5,8 +5,12 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no network at test time; read before transformers is imported
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run anywhere, slowly; read when they are imported
+
+import pytest
 
 from tests.tiny import tiny_llama, word_tokenizer
 

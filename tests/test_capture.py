@@ -7,6 +7,7 @@ from cir.capture import capture
 from cir.facts import pad
 from cir.objectives import mlp_breaking, original_output
 from cir.sites import find_stack, sites_of
+from tests.test_sites import build
 
 BATCH = pad([[1, 5, 9, 20, 7], [1, 30, 2, 11], [1, 8, 44, 3, 16]])
 
@@ -107,3 +108,29 @@ def test_full_forwards_inside_a_capture_leave_no_tokens_and_cost_no_graph(model)
         originals = {0: original_output(hidden.mlp_outputs[0].detach(), mask)}
         tokens = tape.backward(mlp_breaking(hidden.mlp_outputs, originals, mask), hidden)
     assert all(len(rows) == int(mask.sum()) for rows in tokens.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 3}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("gemma", {}),
+        ("gemma2", {"sliding_window": 3}),
+        ("gemma3_text", {"sliding_window": 3}),
+        ("olmo2", {}),
+    ],
+)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_sentences_run_end_to_end_do_not_see_each_other(family, changes, attention):
+    model = build(family, attn_implementation=attention, **changes).eval()
+    batch = pad([[1, 5, 9, 20, 7, 8, 9], [1, 30, 2, 11], [1, 8]])
+    with capture(model, find_stack(model), 1) as tape, torch.no_grad():
+        together = tape.forward(batch, batch.counted(0)).last
+        alone = [
+            tape.forward(pad([row]), pad([row]).counted(0)).last
+            for row in ([1, 5, 9, 20, 7, 8, 9], [1, 30, 2, 11], [1, 8])
+        ]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)

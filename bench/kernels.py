@@ -1,0 +1,325 @@
+"""Every operation against PyTorch eager and torch.compile, on a GPU.
+
+    python -m bench.kernels [--seconds 300] [--out bench/results]
+
+The forms take turns, each on a cold L2 cache; medians and quantiles of device time. Bytes and FLOPs are those that
+no form can do without, and the floor is the larger of their times at the ceilings measured in the same run. A
+case is timed only where the kernel's result agrees with float64. Rows are written as they are measured.
+
+Without a GPU it writes what is predicted for an H200 instead, from what the kernels move and multiply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cir_kernels as ck
+from bench.records import ROOT, write_rows
+from cir_kernels import reference
+
+TOKENS, WIDTHS, RANKS = (64, 256, 1280, 4096), (4096, 14336), (24, 36, 64, 512)
+DATASHEET = {"copy": 4.8e12, "matmul": 9.89e14}
+"""NVIDIA's figures for the H200: bytes/s of memory, dense bfloat16 FLOP/s. Predictions alone use them."""
+LAUNCH = 2.5e-6
+"""Seconds that a kernel takes at least; an assumption of the predictions."""
+L2 = 50e6
+Forms = dict[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape.
+
+    Attributes:
+        bytes, flops: that no form can do without.
+        moved, multiplied, launches: what our kernels do, from their design, for the prediction.
+    """
+
+    op: str
+    rows: int
+    width: int
+    rank: int | None
+    bytes: float
+    flops: float
+    moved: float
+    multiplied: float
+    launches: int
+
+    def predicted(self) -> float:
+        """Seconds on an H200, at 90 % of the datasheet's bandwidth and 60 % of its arithmetic."""
+        memory, arithmetic = self.moved / (0.9 * DATASHEET["copy"]), self.multiplied / (0.6 * DATASHEET["matmul"])
+        return max(memory, arithmetic) + self.launches * LAUNCH
+
+
+def cases() -> Iterator[Case]:
+    for rows, width in itertools.product(TOKENS, WIDTHS):
+        x = 2.0 * rows * width  # bytes of bfloat16
+        again = x if x > L2 else 0  # a second trip over X is served by the L2 cache where X fits
+        for rank in RANKS:
+            basis, flops = 4.0 * width * rank, 4.0 * rows * width * rank
+            yield Case("collapse", rows, width, rank, 2 * x + basis, flops, 2 * x + again + basis, 2.5 * flops, 2)
+            columns = rank + min(rank, 64) + 32
+            sums, flops_s = 12.0 * width * columns, 4.0 * rows * width * columns
+            moved = x + again + sums + 8 * width * columns
+            yield Case("accumulate_moments", rows, width, rank, x + sums, flops_s, moved, 2 * flops_s, 5)
+            if rank <= 36:  # wider test matrices are two calls
+                both, moved = 2 * x + sums + basis, 2 * x + again + sums + 8 * width * columns + 2 * basis
+                multiplied = 2 * flops_s + 2.5 * flops
+                yield Case("collapse_and_accumulate", rows, width, rank, both, flops + flops_s, moved, multiplied, 5)
+        triangle = 4.0 * width * width / 2
+        flops = 1.0 * rows * width * width
+        yield Case("accumulate_scatter", rows, width, None, x + 2 * triangle, flops, x + 2 * triangle, flops, 1)
+        d_out = 4096 if width == 14336 else 14336
+        pair, product = x + 2.0 * rows * d_out, 2.0 * rows * width * d_out
+        gram = 2.0 * rows * rows * (width + d_out)
+        least = min(product, gram / 2)
+        chosen, launches = (gram / 2, 2) if rows * (width + d_out) <= width * d_out else (product, 2)
+        yield Case("outer_norm_sq", rows, width, None, pair, least, pair, chosen, launches)
+        weights = 4.0 * width * d_out
+        yield Case("outer_update_", rows, width, None, pair + weights, product, pair + weights, product, 1)
+
+
+def forms(case: Case) -> tuple[Forms, Callable[[], float]]:
+    """The forms to time, each from the same tensors, and the relative error of ours against float64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+    def error(got: Tensor, want: Tensor) -> float:
+        return float((got.double() - want).norm() / want.norm())
+
+    x = rand(case.rows, case.width)
+    if case.op in ("collapse", "accumulate_moments", "collapse_and_accumulate"):
+        basis = torch.linalg.qr(rand(case.width, case.rank, dtype=torch.float32))[0]
+        columns = case.rank + min(case.rank, 64) + 32
+        omega = rand(case.width, columns, dtype=torch.float32)
+        out, state = torch.empty_like(x), ck.new_moments(case.width, omega, "cuda")
+        if case.op == "collapse":
+
+            def plain() -> Tensor:
+                return x - (x @ basis.to(x.dtype)) @ basis.to(x.dtype).T
+
+            want = reference.collapse(x.double(), basis.double())
+            return (
+                {"triton": lambda: ck.collapse(x, basis, out=out), "eager": plain, "compile": _compiled(plain)},
+                lambda: error(ck.collapse(x, basis, out=out), want) / 2**-8,
+            )
+
+        def moments() -> Tensor:
+            rows = x.float()
+            state.total.add_(rows.sum(0))
+            return state.action.add_(rows.T @ (rows @ omega))
+
+        def both() -> Tensor:
+            moments()
+            return x - (x @ basis.to(x.dtype)) @ basis.to(x.dtype).T
+
+        def fresh() -> float:
+            own = ck.accumulate_moments(ck.new_moments(case.width, omega, "cuda"), x)
+            rows = x.double()
+            return error(own.action, rows.T @ (rows @ omega.double())) / 2**-14
+
+        if case.op == "accumulate_moments":
+            ours: Callable[[], Tensor] = lambda: ck.accumulate_moments(state, x).action  # noqa: E731
+            return {"triton": ours, "eager": moments, "compile": _compiled(moments)}, fresh
+        ours = lambda: ck.collapse_and_accumulate(state, x, basis, out=out)  # noqa: E731
+        return {"triton": ours, "eager": both, "compile": _compiled(both)}, fresh
+    if case.op == "accumulate_scatter":
+        c = torch.zeros(case.width, case.width, device="cuda")
+
+        def product() -> Tensor:
+            return x.T @ x
+
+        def check() -> float:
+            got = ck.symmetric(ck.accumulate_scatter(torch.zeros_like(c), x), case.width)
+            return error(got, x.double().T @ x.double()) / 2**-18
+
+        ours = lambda: ck.accumulate_scatter(c, x)  # noqa: E731
+        return {"triton": ours, "eager": product, "compile": _compiled(product)}, check
+    d_out = 4096 if case.width == 14336 else 14336
+    g = rand(case.rows, d_out)
+    if case.op == "outer_norm_sq":
+
+        def norm() -> Tensor:
+            return (g.T @ x).float().square().sum()
+
+        want = (g.double().T @ x.double()).square().sum()
+        ours = lambda: ck.outer_norm_sq([([g], x)])  # noqa: E731
+        return {"triton": ours, "eager": norm, "compile": _compiled(norm)}, lambda: error(ours(), want) / 2**-14
+    w, scale = rand(d_out, case.width), torch.tensor(1e-4, device="cuda")
+
+    def update() -> Tensor:
+        return w.addmm_(g.T, x, alpha=1e-4)
+
+    def fresh_update() -> float:
+        want = w.double() + 1e-4 * (g.double().T @ x.double())
+        return error(ck.outer_update_(w.clone(), g, x, scale), want) / 2**-8
+
+    ours = lambda: ck.outer_update_(w, g, x, scale)  # noqa: E731
+    return {"triton": ours, "eager": update, "compile": _compiled(update)}, fresh_update
+
+
+def _compiled(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return torch.compile(function, dynamic=False)
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes/s of a device copy, read and written, and FLOP/s of a bfloat16 matrix product, on random data."""
+    source = torch.randint(0, 2**31, (2**28,), device="cuda", dtype=torch.int32)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    copy = timed({"": lambda: target.copy_(source)}, repeats=10)[""]
+    matmul = timed({"": lambda: a @ b}, repeats=10)[""]
+    return {
+        "copy": 2 * source.nbytes / statistics.median(copy),
+        "matmul": 2 * 8192**3 / statistics.median(matmul),
+    }
+
+
+def timed(run: Forms, repeats: int) -> dict[str, list[float]]:
+    """Seconds on the device, cold cache, the forms in turn."""
+    flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in run}
+    for _ in range(repeats):
+        for name, function in run.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()  # also keeps the device busy while the host launches what follows
+            flush.zero_()
+            start.record()
+            function()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
+
+
+def measure(case: Case, at: dict[str, float]) -> list[dict[str, Any]]:
+    run, error_in_units = forms(case)
+    common = {**described(case), "ceiling_copy": at["copy"], "ceiling_matmul": at["matmul"]}
+    error = error_in_units()
+    if not error < 4:
+        return [{**common, "form": "triton", "failed": f"error {error:.2f} times the bound's unit"}]
+    for function in run.values():
+        for _ in range(3):
+            function()
+    seconds = timed(run, repeats=21)
+    floor = max(case.bytes / at["copy"], case.flops / at["matmul"])
+    rows = []
+    for name, own in seconds.items():
+        low, *_, high = statistics.quantiles(own, n=5)
+        median = statistics.median(own)
+        rows.append(
+            {
+                **common,
+                "form": name,
+                "median_us": 1e6 * median,
+                "q20_us": 1e6 * low,
+                "q80_us": 1e6 * high,
+                "floor_us": 1e6 * floor,
+                "of_floor": floor / median,
+                "of_copy": case.bytes / median / at["copy"],
+                "of_matmul": case.flops / median / at["matmul"],
+                "speedup": statistics.median(
+                    other / mine for other, mine in zip(own, seconds["triton"], strict=True)
+                ),
+                "error_units": error if name == "triton" else None,
+            }
+        )
+    return rows
+
+
+def described(case: Case) -> dict[str, Any]:
+    return {
+        "bench": "kernels",
+        "op": case.op,
+        "T": case.rows,
+        "D": case.width,
+        "k": case.rank,
+        "dtype": "bfloat16",
+        "bytes": case.bytes,
+        "flops": case.flops,
+    }
+
+
+def predict(case: Case) -> dict[str, Any]:
+    floor = max(case.bytes / DATASHEET["copy"], case.flops / DATASHEET["matmul"])
+    own = case.predicted()
+    return {
+        **described(case),
+        "form": "predicted",
+        "median_us": 1e6 * own,
+        "floor_us": 1e6 * floor,
+        "of_floor": floor / own,
+    }
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Share of the floor that each operation reaches, by T, at D = 4096 and the smallest rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    shown = [r for r in rows if r["form"] in ("triton", "predicted") and r["D"] == 4096 and r["k"] in (24, None)]
+    for op in dict.fromkeys(r["op"] for r in shown):
+        own = [r for r in shown if r["op"] == op and "of_floor" in r]
+        axes.plot([r["T"] for r in own], [100 * r["of_floor"] for r in own], marker="o", label=op)
+    axes.set(xscale="log", xlabel="tokens T", ylabel="% of the floor", title=f"D = 4096, {shown[0]['form']}")
+    axes.set_xticks(TOKENS, [str(t) for t in TOKENS])
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def show(row: dict[str, Any]) -> None:
+    if "failed" in row:
+        print(
+            f"{row['op']:<24}{row['T']:>6}{row['D']:>7}{row['k'] or '-':>5}  NOT TIMED: {row['failed']}", flush=True
+        )
+        return
+    print(
+        f"{row['op']:<24}{row['T']:>6}{row['D']:>7}{row['k'] or '-':>5} {row['form']:<10}{row['median_us']:>10.1f} us"
+        f"{row['floor_us']:>9.1f} floor{row['of_floor']:>7.0%}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300, help="stop before a case that starts later")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    arguments = parser.parse_args()
+    on_gpu, start = torch.cuda.is_available(), time.perf_counter()
+    at = ceilings() if on_gpu else {}
+    print(", ".join(f"{name} {value:.3g}/s" for name, value in at.items()) or "no GPU: predictions for an H200")
+    rows = []
+    for case in cases():
+        if time.perf_counter() - start > arguments.seconds:
+            print("out of time: the cases that are left were not measured")
+            break
+        own = measure(case, at) if on_gpu else [predict(case)]
+        if on_gpu:
+            write_rows(arguments.out / "kernels.jsonl", own)
+            torch.compiler.reset()
+        for row in own:
+            show(row)
+        rows += own
+    if not on_gpu:
+        write_rows(arguments.out / "kernels_predicted.jsonl", rows)
+    plot(rows, arguments.out / ("kernels.png" if on_gpu else "kernels_predicted.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The whole loop on a GPU, where the Triton kernels run without being asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cir
+from cir import CIRConfig
+from tests.tiny import TEXT, facts, tiny_llama
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CONFIG = CIRConfig(
+    loss_layers=(1, 3),
+    rank_activation=3,
+    rank_gradient=3,
+    rank_background=2,
+    rate=0.05,
+    retain_rate=1e-3,
+    retain_length=32,
+    max_epochs=2,
+    budget=10.0,
+)
+
+
+def unlearned(tokenizer, device, dtype, monkeypatch=None, backend=None):
+    if backend:
+        monkeypatch.setenv("CIR_KERNELS_BACKEND", backend)
+    model = tiny_llama(dtype).to(device)
+    before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    report = cir.unlearn(model, tokenizer, facts(), retain=TEXT, config=CONFIG, progress=False)
+    return report, {name: p.detach().cpu() - before[name] for name, p in model.named_parameters()}
+
+
+def test_the_step_on_a_gpu_is_the_step_on_a_cpu(tokenizer):
+    report, moved = unlearned(tokenizer, "cuda", torch.float32)
+    assert report.epochs
+    want = unlearned(tokenizer, "cpu", torch.float32)[1]
+    total = torch.stack([change.norm() for change in want.values()]).norm()
+    apart = torch.stack([(change - moved[name]).norm() for name, change in want.items()]).norm()
+    assert float(total) > 0
+    assert float(apart / total) < 1e-2
+
+
+def test_kernels_and_their_pytorch_forms_agree_in_bfloat16(tokenizer, monkeypatch):
+    by_backend = {
+        name: unlearned(tokenizer, "cuda", torch.bfloat16, monkeypatch, name)[1] for name in ("triton", "torch")
+    }
+    total = torch.stack([change.float().norm() for change in by_backend["torch"].values()]).norm()
+    apart = [
+        (change.float() - by_backend["triton"][name].float()).norm() for name, change in by_backend["torch"].items()
+    ]
+    assert float(total) > 0
+    assert float(torch.stack(apart).norm() / total) < 0.2
