@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -73,8 +74,14 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
     name = schema.partition("(")[0]
 
     def decorate(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def on_its_device(*arguments: Any) -> None:
+            first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+            with torch.cuda.device_of(first):  # triton launches on the current device, whatever its arguments'
+                function(*arguments)
+
         _LIBRARY.define(schema)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
         torch.library.register_fake(f"cir_kernels::{name}", lambda *arguments: None, lib=_LIBRARY)
         return getattr(torch.ops.cir_kernels, name)
 

@@ -66,8 +66,9 @@ def accumulate_moments(
 ) -> Moments:
     """Add rows ``x`` (T, D), any floating dtype and strides, to ``state`` in place and return it.
 
-    Rows where ``mask`` (T,) is False contribute nothing. Memory beyond the state is O(T s); the PyTorch form's
-    is O(T (D + s)). Without a test matrix it is that form that runs.
+    Rows where ``mask`` (T,) is False contribute nothing. Products are float32 but for rows beside which the others
+    would be lost, which are float64; sums over calls are float64. Memory beyond the state is O(T s); the PyTorch
+    form's is O(T (D + s)). Without a test matrix it is that form that runs, in float64 throughout.
 
     Raises:
         TypeError: if ``x`` is not a floating tensor.

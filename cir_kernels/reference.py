@@ -39,12 +39,26 @@ def collapse(
 def accumulate_moments(x: Tensor, omega: Tensor | None, mask: Tensor | None, total: Tensor, action: Tensor) -> None:
     """Add column sums (D,) and X^T X Omega (D, s) to float64 sums in place; Omega = I where None.
 
-    float64 because one token's gradient can be 1e5 times the median's: squared, float32 would lose every
-    component but that token's.
+    One token's gradient can be 1e5 times the median's: squared, float32 would lose every component but that
+    token's. Such rows are multiplied in float64, and so is all where Omega is None or X is float64.
     """
-    rows = (x if mask is None else x[mask]).double()
-    total += rows.sum(0)
+    rows = x if mask is None else x[mask]
+    total += rows.sum(0, dtype=torch.float64)
+    if omega is not None and x.dtype != torch.float64:
+        rows = rows.float()
+        huge = huge_rows(rows)
+        ordinary = rows[~huge] if huge.any() else rows
+        action += ordinary.T @ (ordinary @ omega)
+        rows = rows[huge]
+    rows = rows.double()
     action.addmm_(rows.T, rows if omega is None else rows @ omega.double())
+
+
+def huge_rows(x: Tensor) -> Tensor:
+    """(T,) bool: the largest entry is more than 16 times the geometric mean of all rows' largest entries."""
+    largest = x.abs().amax(1) if x.numel() else x.new_zeros(len(x))
+    logs = largest[largest > 0].log2()
+    return largest > torch.exp2(logs.mean() + 4) if len(logs) else largest > 0
 
 
 def accumulate_scatter(c: Tensor, x: Tensor, mean: Tensor | None, mask: Tensor | None) -> None:

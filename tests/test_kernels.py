@@ -90,7 +90,10 @@ def test_moments_do_not_depend_on_how_the_stream_is_cut(dtype, pieces, width, da
     scatter = oracle.outer_sum(rows, rows)
     assert state.count == len(rows)
     torch.testing.assert_close(state.total, rows.sum(0))
-    torch.testing.assert_close(state.action, scatter if omega is None else scatter @ omega.double())
+    # The formula in float64; with a test matrix ordinary rows are multiplied in float32.
+    want = scatter if omega is None else scatter @ omega.double()
+    exact = omega is None or dtype == torch.float64
+    close(state.action, want, rows.square().sum() + 1, torch.float64 if exact else torch.float32)
 
 
 def test_moments_keep_small_directions_beside_a_huge_row():
@@ -98,12 +101,13 @@ def test_moments_keep_small_directions_beside_a_huge_row():
     x = rand(200, 16, dtype=torch.float32)
     x[:, 8:] *= 1e-2
     x[17] *= 1e5
-    state = accumulate_moments(new_moments(16, None), x)
     truth = x.double().T @ x.double()
     values, vectors = torch.linalg.eigh(truth)
     others = vectors[:, :-1]
-    kept = torch.diag(others.T @ state.action @ others)
-    torch.testing.assert_close(kept, values[:-1], rtol=1e-5, atol=0)
+    for omega in (None, torch.eye(16)):
+        state = accumulate_moments(new_moments(16, omega), x)
+        kept = torch.diag(others.T @ state.action @ others)
+        torch.testing.assert_close(kept, values[:-1], rtol=1e-4, atol=0)
     lost = torch.diag(others.T @ (x.T @ x).double() @ others)
     assert float((lost / values[:-1] - 1).abs().max()) > 0.1
 
