@@ -43,9 +43,9 @@ class CIRConfig:
     mode: str = "orthogonal"
     rank_activation: int = 12
     rank_gradient: int = 24
-    rank_background: int = 32
+    rank_background: int = 128
     exact: bool = False
-    rate: float = 1.5
+    rate: float = 2.5
     retain_rate: float = 0.0
     batch_size: int = 32
     retain_batch_size: int = 8
