@@ -5,7 +5,7 @@ This is the only file that touches autograd. All that is done to the model is un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,16 +43,24 @@ class Hidden:
     """What a trimmed forward leaves.
 
     Attributes:
-        mlp_outputs: output (N, D) of each layer's MLP at the batch's real tokens, by layer.
-        last: output (N, D) of the last layer run.
-        counted: which of the N tokens are counted, as indices.
-        tokens: their rows at every activation site; :meth:`Capture.backward` adds the gradient sites.
+        places: (N,) of the batch's real tokens in the flattened forward. counted: of those that are counted.
+        outputs: flattened output of each layer's MLP, by layer. last: of the last layer run.
+        tokens: rows of the counted tokens at every activation site; :meth:`Capture.backward` adds the gradient sites.
     """
 
-    mlp_outputs: dict[int, Tensor]
-    last: Tensor
+    places: Tensor
     counted: Tensor
+    outputs: dict[int, Tensor]
+    last: Tensor
     tokens: Tokens
+
+    def real(self, rows: Tensor) -> Tensor:
+        """(N, D) of the real tokens, from a flattened output."""
+        return rows.index_select(0, self.places.to(rows.device))
+
+    def mlp_outputs(self, layers: Iterable[int]) -> dict[int, Tensor]:
+        """MLP outputs (N, D) at the real tokens of the batch."""
+        return {layer: self.real(self.outputs[layer]) for layer in layers}
 
 
 class Capture:
@@ -73,12 +81,11 @@ class Capture:
         unless the caller is in ``torch.no_grad()``.
         """
         stack, layers = self._stack, self._stack.layers
-        # Padding would be a third of short sentences: end to end, they are kept apart by positions that restart.
-        input_ids, position_ids = batch.packed
-        hidden = Hidden({}, input_ids, mask.nonzero().squeeze(1), {})
+        inputs, places = self._inputs(batch)
+        hidden = Hidden(places, places[mask], {}, places, {})
 
         def keep_mlp(layer: int) -> Callable[..., None]:
-            return lambda module, args, output: hidden.mlp_outputs.update({layer: output.flatten(0, -2)})
+            return lambda module, args, output: hidden.outputs.update({layer: output.flatten(0, -2)})
 
         def keep_last(module: nn.Module, args: Any, output: Any) -> None:
             hidden.last = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
@@ -90,8 +97,19 @@ class Capture:
                 undo.callback(mlp.module.register_forward_hook(keep_mlp(layer)).remove)
             undo.callback(layers[self._last_layer].register_forward_hook(keep_last).remove)
             undo.enter_context(self._recording(hidden))
-            stack.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            stack.decoder(**inputs, use_cache=False)
         return hidden
+
+    def _inputs(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """What the decoder is to run, and the places of the real tokens in its flattened output."""
+        if "flash" in str(
+            getattr(self._stack.decoder.config, "_attn_implementation", "")
+        ):  # drops the padding by itself
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            return inputs, batch.attention_mask.flatten().nonzero().squeeze(1)
+        # Padding would be a third of short sentences; packed, positions that restart keep them apart.
+        input_ids, position_ids, places = batch.packed
+        return {"input_ids": input_ids, "position_ids": position_ids}, places
 
     def backward(self, loss: Tensor, hidden: Hidden) -> Tokens:
         """Backpropagate ``loss`` of the forward that left ``hidden``; its tokens (T, width) at every site.

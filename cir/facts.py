@@ -37,6 +37,10 @@ class Fact:
     answer: int | None = None
 
 
+PACKED_WIDTH = 64
+"""Tokens to which short sentences are packed: attention costs by the square of it, padding by its inverse."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Token ids (B, L) padded on the right, and their bool attention mask (B, L).
@@ -56,11 +60,28 @@ class Batch:
         return (self.attention_mask.cumsum(1) - 1)[self.attention_mask]
 
     @cached_property
-    def packed(self) -> tuple[Tensor, Tensor | None]:
-        """Token and position ids (1, N) of all rows end to end; (B, L) and None where there is no padding."""
-        if self.attention_mask.all():
-            return self.input_ids, None
-        return self.input_ids[self.attention_mask][None], self.position_ids[None]
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows laid end to end into fewer, so that little is padding.
+
+        Returns:
+            Token and position ids (R, W), positions restarting with each row of the batch, and, for the real
+            tokens, their places (N,) in the flattened (R, W).
+        """
+        lengths = self.attention_mask.sum(1).tolist()
+        width = max(PACKED_WIDTH, *lengths)
+        used: list[int] = []
+        starts = [0] * len(lengths)
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # the longest first: they fit worst
+            row = next((r for r, n in enumerate(used) if n + lengths[i] <= width), len(used))
+            if row == len(used):
+                used.append(0)
+            starts[i] = row * width + used[row]
+            used[row] += lengths[i]
+        places = torch.tensor(starts, device=self.input_ids.device).repeat_interleave(self.attention_mask.sum(1))
+        places = places + self.position_ids
+        ids, positions = (self.input_ids.new_zeros(len(used) * width) for _ in range(2))
+        ids[places], positions[places] = self.input_ids[self.attention_mask], self.position_ids
+        return ids.view(-1, width), positions.view(-1, width), places
 
     def counted(self, skip_first: int) -> Tensor:
         """(N,) bool: the real tokens without the first ``skip_first`` of each row."""

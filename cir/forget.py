@@ -104,7 +104,7 @@ class Forgetter:
     def _forget_tokens(self, batch: Batch, original: dict[int, OriginalOutput]) -> tuple[float, Tokens]:
         skip = self._config.skip_first
         hidden = self._tape.forward(batch, batch.predicting(skip))
-        loss = mlp_breaking(hidden.mlp_outputs, original, batch.counted(skip))
+        loss = mlp_breaking(hidden.mlp_outputs(self._loss_layers), original, batch.counted(skip))
         return _finite(loss), self._background.collapse_(self._tape.backward(loss, hidden))
 
     def _retain_step(self) -> float:
@@ -112,7 +112,7 @@ class Forgetter:
         self._retain_steps += 1
         batch, mask = self._retain[i], self._retain[i].counted(self._config.skip_first)
         hidden = self._tape.forward(batch, mask)
-        loss = hidden_retain(hidden.last, self._retain_originals[i], mask)
+        loss = hidden_retain(hidden.real(hidden.last), self._retain_originals[i], mask)
         value = _finite(loss)
         plain_step(self._targets, self._tape.backward(loss, hidden), self._config.retain_rate)
         return value
@@ -128,13 +128,14 @@ class Forgetter:
     @torch.no_grad()
     def _original_outputs(self, batch: Batch) -> dict[int, OriginalOutput]:
         mask = batch.counted(self._config.skip_first)
-        outputs = self._tape.forward(batch, mask).mlp_outputs
+        outputs = self._tape.forward(batch, mask).mlp_outputs(self._loss_layers)
         return {layer: original_output(outputs[layer], mask) for layer in self._loss_layers}
 
     @torch.no_grad()
     def _original_hidden(self, batch: Batch) -> Tensor:
         mask = batch.counted(self._config.skip_first)
-        return self._tape.forward(batch, mask).last[mask].cpu()
+        hidden = self._tape.forward(batch, mask)
+        return hidden.real(hidden.last)[mask].cpu()
 
     @torch.no_grad()
     def _fit_background(self) -> Subspaces:

@@ -43,12 +43,11 @@ def accumulate_moments(x: Tensor, omega: Tensor | None, mask: Tensor | None, tot
     token's. Such rows are multiplied in float64, and so is all where Omega is None or X is float64.
     """
     rows = x if mask is None else x[mask]
-    total += rows.sum(0, dtype=torch.float64)
+    total += rows.double().sum(0)
     if omega is not None and x.dtype != torch.float64:
         rows = rows.float()
         huge = huge_rows(rows)
-        ordinary = rows[~huge] if huge.any() else rows
-        action += ordinary.T @ (ordinary @ omega)
+        action += rows.T @ (rows @ omega).masked_fill_(huge[:, None], 0)
         rows = rows[huge]
     rows = rows.double()
     action.addmm_(rows.T, rows if omega is None else rows @ omega.double())
@@ -103,17 +102,17 @@ def outer_update_(
 ) -> Tensor:
     """W <- W + scale * G^T A in place; half-precision W is summed in float32 and rounded once."""
     dtype = _compute_dtype(w.dtype)
-    scale = scale.to(dtype)
+    alpha = scale.item()
     a = a.to(dtype)
     if dtype == w.dtype:
-        return w.addmm_((g.to(dtype) * scale).T, a)
+        return w.addmm_(g.to(dtype).T, a, alpha=alpha)
     columns = torch.arange(w.shape[1], device=w.device)
     # Row blocks keep the float32 copy of a half-precision weight small.
     for start in range(0, len(w), 1024):
         rows = slice(start, start + 1024)
         block = w[rows]
         before = block.float() if remainder is None else join(block.contiguous(), remainder[rows])
-        after = torch.addmm(before, (g[:, rows].to(dtype) * scale).T, a)
+        after = torch.addmm(before, g[:, rows].to(dtype).T, a, alpha=alpha)
         if remainder is not None:
             high, remainder[rows] = split(after)
             block.copy_(high)

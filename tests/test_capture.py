@@ -31,7 +31,7 @@ def test_activations_and_gradients_are_autograds(model, layers_require_grad, unc
     stack, mask = find_stack(model), BATCH.predicting(1)
     with capture(model, stack, 2) as tape:
         hidden = tape.forward(BATCH, mask)
-        tokens = tape.backward(loss_of({1: hidden.mlp_outputs[1], 2: hidden.mlp_outputs[2]}, mask), hidden)
+        tokens = tape.backward(loss_of(hidden.mlp_outputs((1, 2)), mask), hidden)
         assert all(p.grad is None for p in model.parameters())
     unchanged(model)
 
@@ -50,8 +50,8 @@ def test_activations_and_gradients_are_autograds(model, layers_require_grad, unc
     loss_of({layer: real(out) for layer, out in mlps.items()}, mask).backward()
     assert set(tokens) == {site.name for site in sites_of(stack.targets(2))}
     for target, (a, y) in seen.items():
-        torch.testing.assert_close(tokens[target.activation.name], real(a)[mask])
-        torch.testing.assert_close(tokens[target.gradient.name], real(y.grad)[mask])
+        torch.testing.assert_close(tokens[target.activation.name], real(a)[mask], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(tokens[target.gradient.name], real(y.grad)[mask], atol=1e-4, rtol=1e-4)
 
 
 def test_nothing_above_the_last_layer_runs(model):
@@ -65,7 +65,7 @@ def test_nothing_above_the_last_layer_runs(model):
         ran.clear()
         whole = model(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask, output_hidden_states=True)
         assert ran == [0, 1, 2, 3, "head"]
-    torch.testing.assert_close(hidden.last, whole.hidden_states[2][BATCH.attention_mask])
+    torch.testing.assert_close(hidden.real(hidden.last), whole.hidden_states[2][BATCH.attention_mask])
 
 
 def test_everything_is_restored_after_an_exception(model, unchanged):
@@ -105,8 +105,9 @@ def test_full_forwards_inside_a_capture_leave_no_tokens_and_cost_no_graph(model)
             model(input_ids=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
         assert hidden.tokens.keys() == before.keys()
         mask = BATCH.counted(1)
-        originals = {0: original_output(hidden.mlp_outputs[0].detach(), mask)}
-        tokens = tape.backward(mlp_breaking(hidden.mlp_outputs, originals, mask), hidden)
+        outputs = hidden.mlp_outputs([0])
+        originals = {0: original_output(outputs[0].detach(), mask)}
+        tokens = tape.backward(mlp_breaking(outputs, originals, mask), hidden)
     assert all(len(rows) == int(mask.sum()) for rows in tokens.values())
 
 
@@ -125,11 +126,9 @@ def test_full_forwards_inside_a_capture_leave_no_tokens_and_cost_no_graph(model)
 )
 def test_sentences_run_end_to_end_do_not_see_each_other(family, changes):
     model = build(family, **changes).eval()
-    batch = pad([[1, 5, 9, 20, 7, 8, 9], [1, 30, 2, 11], [1, 8]])
+    rows = [1, 5, 9, 20, 7, 8, 9], [1, 30, 2, 11], [1, 8]
+    batch = pad(rows)
     with capture(model, find_stack(model), 1) as tape, torch.no_grad():
-        together = tape.forward(batch, batch.counted(0)).last
-        alone = [
-            tape.forward(pad([row]), pad([row]).counted(0)).last
-            for row in ([1, 5, 9, 20, 7, 8, 9], [1, 30, 2, 11], [1, 8])
-        ]
+        hidden = [tape.forward(each, each.counted(0)) for each in (batch, *(pad([row]) for row in rows))]
+        together, *alone = (each.real(each.last) for each in hidden)
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)

@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from cir import Fact, Probe, load_facts
-from cir.facts import sentence_batches, windows
+from cir.facts import pad, sentence_batches, windows
 
 
 def write(path, *lines):
@@ -73,3 +74,17 @@ def test_windows_open_with_bos_and_follow_the_text(tokenizer):
     assert rows[:, 1:].flatten().tolist() == tokenizer("gamma of is now x0 " * 4)["input_ids"][1:]
     with pytest.raises(ValueError, match="at least 99 tokens, got 2"):
         windows(tokenizer, "gamma of", 100)
+
+
+def test_packing_puts_every_token_of_every_row_into_one_place():
+    rows = [list(range(100 * i, 100 * i + n)) for i, n in enumerate([5, 60, 3, 64, 30, 30, 70, 1], 1)]
+    batch = pad(rows)
+    ids, positions, places = batch.packed
+    assert ids.shape == positions.shape == (4, 70)  # 263 tokens
+    assert ids.flatten()[places].tolist() == [i for row in rows for i in row]
+    assert positions.flatten()[places].tolist() == [i for row in rows for i in range(len(row))]
+    assert len(set(places.tolist())) == len(places)
+    empty = torch.ones(ids.numel(), dtype=torch.bool).index_fill(0, places, False)
+    assert not positions.flatten()[empty].any()  # padding is a sequence of one token each
+    whole = pad([[1] * 80] * 3).packed
+    assert whole[0].shape == (3, 80)

@@ -78,8 +78,9 @@ def tokens_of(model, tokenizer, facts):
     with capture(model, stack, layers[-1]) as tape:
         for batch in fact_batches(tokenizer, facts, config, model.device):
             hidden, mask = tape.forward(batch, batch.predicting(1)), batch.counted(1)
-            originals = {layer: original_output(hidden.mlp_outputs[layer].detach(), mask) for layer in layers}
-            pieces.append(tape.backward(mlp_breaking(hidden.mlp_outputs, originals, mask), hidden))
+            outputs = hidden.mlp_outputs(layers)
+            originals = {layer: original_output(out.detach(), mask) for layer, out in outputs.items()}
+            pieces.append(tape.backward(mlp_breaking(outputs, originals, mask), hidden))
     return sites_of(targets), pieces
 
 
