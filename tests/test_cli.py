@@ -17,7 +17,7 @@ from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
 def files(tmp_path):
     """A saved tiny model wide enough for the default ranks, facts and text."""
     folder = tmp_path / "in"
-    tiny_llama(hidden_size=64, intermediate_size=96).save_pretrained(folder / "model")
+    tiny_llama(hidden_size=160, intermediate_size=192).save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
     (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts()))
     (folder / "text.txt").write_text(TEXT)

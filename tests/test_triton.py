@@ -306,3 +306,15 @@ def test_sums_of_a_tile_are_those_of_plain_loops():
     x, basis = rand(5, 7).float(), orthonormal(7, 3)
     want = oracle.collapse(x.cpu(), basis.cpu(), None)
     torch.testing.assert_close(ck.collapse(x, basis, backend="triton").cpu().double(), want, atol=1e-5, rtol=0)
+
+
+def test_without_triton_everything_runs_in_pytorch():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, cir_kernels as c\n"
+        "x = torch.ones(2, 3); c.collapse(x, torch.eye(3)[:, :1], out=x)\n"
+        "assert x.tolist() == [[0, 1, 1]] * 2\n"
+        "c.collapse(x, torch.ones(3, 1), backend='triton')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "got 'triton', but triton is not installed" in done.stderr
