@@ -102,9 +102,8 @@ class Capture:
 
     def _inputs(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """What the decoder is to run, and the places of the real tokens in its flattened output."""
-        if "flash" in str(
-            getattr(self._stack.decoder.config, "_attn_implementation", "")
-        ):  # drops the padding by itself
+        attention = str(getattr(self._stack.decoder.config, "_attn_implementation", ""))
+        if "flash" in attention:  # drops the padding by itself
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             return inputs, batch.attention_mask.flatten().nonzero().squeeze(1)
         # Padding would be a third of short sentences; packed, positions that restart keep them apart.

@@ -217,7 +217,7 @@ def subtract(x: Tensor, parts: Tensor, right: Tensor, mask: Tensor | None, out: 
 
 
 @triton.jit
-def _load_parts(parts_ptr, o_t, o_k, n_tokens, rank, n_parts):
+def load_parts(parts_ptr, o_t, o_k, n_tokens, rank, n_parts):
     """C[o_t, o_k], summed over the splits in their order."""
     m_c = (o_t < n_tokens)[:, None] & (o_k < rank)[None, :]
     p_c = parts_ptr + o_t[:, None] * rank + o_k[None, :]
@@ -269,7 +269,7 @@ def _subtract_kernel(
         kept &= tl.load(mask_ptr + o_t, mask=m_t, other=0) != 0
     o_k = tl.arange(0, BLOCK_K)
     if N_BLOCKS == 1:  # small enough to stay in registers over the whole width
-        b_c = _load_parts(parts_ptr, o_t, o_k, n_tokens, rank, n_parts)
+        b_c = load_parts(parts_ptr, o_t, o_k, n_tokens, rank, n_parts)
     start = tl.program_id(1) * split_width
     for d in range(start, min(start + split_width, width), BLOCK_D):
         o_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
@@ -284,7 +284,7 @@ def _subtract_kernel(
             b_out = b_x.to(tl.float32)
             for i in range(N_BLOCKS):
                 o_i = i * BLOCK_K + o_k
-                b_i = _load_parts(parts_ptr, o_t, o_i, n_tokens, rank, n_parts)
+                b_i = load_parts(parts_ptr, o_t, o_i, n_tokens, rank, n_parts)
                 p_r = right_ptr + o_d[:, None] * stride_rd + o_i[None, :] * stride_rk
                 b_r = tl.load(p_r, mask=m_d[:, None] & (o_i < rank)[None, :], other=0.0)
                 b_out = less_projection(b_out, b_i, b_r)

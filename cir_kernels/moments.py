@@ -21,9 +21,13 @@ from cir_kernels.collapse import (
     collapse,
     columns_block,
     less_projection,
+    load_parts,
     project,
     sides,
 )
+
+BLOCK_T = 32
+"""Rows of a block that is told to have huge rows or none; all kernels here must agree on it."""
 
 
 @dataclass
@@ -232,9 +236,6 @@ def _launch(
     )
 
 
-BLOCK_T = 32
-
-
 @triton.jit
 def _separate_kernel(
     parts_ptr,
@@ -272,12 +273,9 @@ def _separate_kernel(
     for j in range(0, columns, BLOCK_S):
         o_j = j + tl.arange(0, BLOCK_S)
         m_j = m_t[:, None] & (o_j < columns)[None, :]
-        p_c = o_t[:, None] * columns + o_j[None, :]
-        b_c = tl.load(parts_ptr + p_c, mask=m_j, other=0.0)
-        for i in range(1, n_parts):
-            b_c += tl.load(parts_ptr + i * tl.cast(n_tokens, tl.int64) * columns + p_c, mask=m_j, other=0.0)
+        b_c = load_parts(parts_ptr, o_t, o_j, n_tokens, columns, n_parts)
         b_c = tl.where(huge[:, None] & (o_j < n_omega)[None, :], 0.0, b_c)
-        tl.store(coefficients_ptr + p_c, b_c, mask=m_j)
+        tl.store(coefficients_ptr + o_t[:, None] * columns + o_j[None, :], b_c, mask=m_j)
 
 
 @triton.jit

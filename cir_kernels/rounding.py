@@ -20,8 +20,7 @@ def random_bits(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
 
     They depend on nothing else, so that neither launch shapes nor devices change a result.
     """
-    key = _mix(torch.tensor(seed & _MASK) ^ _mix(torch.tensor((seed >> 32) & _MASK)))
-    return _mix((_mix(rows ^ key.to(rows.device))[:, None] + columns[None, :]) & _MASK)
+    return _mix((_mix(rows ^ (hashed(seed) & _MASK))[:, None] + columns[None, :]) & _MASK)
 
 
 def _mix(x: Tensor) -> Tensor:
