@@ -30,8 +30,8 @@ from cir_kernels import reference
 TOKENS, WIDTHS, RANKS = (64, 256, 1280, 4096), (4096, 14336), (24, 36, 64, 512)
 DATASHEET = {"copy": 4.8e12, "matmul": 9.89e14}
 """NVIDIA's figures for the H200: bytes/s of memory, dense bfloat16 FLOP/s. Predictions alone use them."""
-LAUNCH = 2.5e-6
-"""Seconds that a kernel takes at least; an assumption of the predictions."""
+CACHE, LAUNCH = 5.5e12, 2.5e-6
+"""Bytes/s of the L2 cache, and seconds that a kernel takes at least; assumptions of the predictions."""
 L2 = 50e6
 Forms = dict[str, Callable[[], Tensor]]
 
@@ -42,7 +42,8 @@ class Case:
 
     Attributes:
         bytes, flops: that no form can do without.
-        moved, multiplied, launches: what our kernels do, from their design, for the prediction.
+        launches: for each of our kernels the bytes of memory and of the L2 cache it moves and its FLOPs, padding and
+            split operands included; from their design, for the prediction.
     """
 
     op: str
@@ -51,42 +52,76 @@ class Case:
     rank: int | None
     bytes: float
     flops: float
-    moved: float
-    multiplied: float
-    launches: int
+    launches: tuple[tuple[float, float, float], ...]
 
     def predicted(self) -> float:
         """Seconds on an H200, at 90 % of the datasheet's bandwidth and 60 % of its arithmetic."""
-        memory, arithmetic = self.moved / (0.9 * DATASHEET["copy"]), self.multiplied / (0.6 * DATASHEET["matmul"])
-        return max(memory, arithmetic) + self.launches * LAUNCH
+        memory, arithmetic = 0.9 * DATASHEET["copy"], 0.6 * DATASHEET["matmul"]
+        return sum(
+            max(moved / memory, through / CACHE, flops / arithmetic) + LAUNCH
+            for moved, through, flops in self.launches
+        )
 
 
 def cases() -> Iterator[Case]:
     for rows, width in itertools.product(TOKENS, WIDTHS):
         x = 2.0 * rows * width  # bytes of bfloat16
-        again = x if x > L2 else 0  # a second trip over X is served by the L2 cache where X fits
         for rank in RANKS:
-            basis, flops = 4.0 * width * rank, 4.0 * rows * width * rank
-            yield Case("collapse", rows, width, rank, 2 * x + basis, flops, 2 * x + again + basis, 2.5 * flops, 2)
-            columns = rank + min(rank, 64) + 32
-            sums, flops_s = 12.0 * width * columns, 4.0 * rows * width * columns
-            moved = x + again + sums + 8 * width * columns
-            yield Case("accumulate_moments", rows, width, rank, x + sums, flops_s, moved, 2 * flops_s, 5)
-            if rank <= 36:  # wider test matrices are two calls
-                both, moved = 2 * x + sums + basis, 2 * x + again + sums + 8 * width * columns + 2 * basis
-                multiplied = 2 * flops_s + 2.5 * flops
-                yield Case("collapse_and_accumulate", rows, width, rank, both, flops + flops_s, moved, multiplied, 5)
+            yield from _cases_of_rank(rows, width, rank)
         triangle = 4.0 * width * width / 2
-        flops = 1.0 * rows * width * width
-        yield Case("accumulate_scatter", rows, width, None, x + 2 * triangle, flops, x + 2 * triangle, flops, 1)
+        once, flops = x + 2 * triangle, 1.0 * rows * width * width
+        yield Case("accumulate_scatter", rows, width, None, once, flops, ((once, once, flops),))
         d_out = 4096 if width == 14336 else 14336
         pair, product = x + 2.0 * rows * d_out, 2.0 * rows * width * d_out
-        gram = 2.0 * rows * rows * (width + d_out)
-        least = min(product, gram / 2)
-        chosen, launches = (gram / 2, 2) if rows * (width + d_out) <= width * d_out else (product, 2)
-        yield Case("outer_norm_sq", rows, width, None, pair, least, pair, chosen, launches)
-        weights = 4.0 * width * d_out
-        yield Case("outer_update_", rows, width, None, pair + weights, product, pair + weights, product, 1)
+        gram = 1.0 * rows * rows * (width + d_out)
+        chosen, n = (gram, 2) if rows * (width + d_out) <= width * d_out else (product, 2)
+        launches = ((pair, pair, chosen),) + ((0.0, 0.0, 0.0),) * (n - 1)
+        yield Case("outer_norm_sq", rows, width, None, pair, min(product, gram), launches)
+        once = pair + 4.0 * width * d_out
+        yield Case("outer_update_", rows, width, None, once, product, ((once, once, product),))
+
+
+def _cases_of_rank(rows: int, width: int, rank: int) -> Iterator[Case]:
+    x, columns = 2.0 * rows * width, rank + min(rank, 64) + 32
+    again = x if x > L2 else 0  # a second trip over X is served by the L2 cache where X fits
+
+    def padded(n: int, widest: int) -> int:
+        return -(-n // widest) * widest if n > widest else max(16, 2 ** (n - 1).bit_length())
+
+    def splits(block: int, passes: int) -> int:
+        return max(1, min(16, 256 // (-(-rows // block) * passes), width // 256))
+
+    unit = 2.0 * rows * width  # FLOPs of a product, for each column
+    k, s = padded(rank, 64), padded(columns, 128)
+    basis, sums = 4.0 * width * rank, (2 + 16) * width * columns
+    block = 32 if rows <= 256 else 64
+    passes, bases = -(-rank // 64), basis * rows / block
+    parts = 4.0 * rows * rank * splits(block, passes)
+    reads = min(512 * block / rows, width / 128) if passes == 1 else width / 64
+    launches = (
+        (x + basis, passes * x + bases + parts, 2 * k * unit),
+        (x + again, 2 * x + bases + parts * reads, 3 * k * unit),
+    )
+    yield Case("collapse", rows, width, rank, 2 * x + basis, 2 * unit * rank, launches)
+    block, passes = 64 if rows <= 2048 else 128, -(-columns // 128)
+    parts, omega = 4.0 * rows * columns * splits(block, passes), 2.0 * width * columns
+    summed, read_again = 2.0 * rows * columns * width / 64, x * passes
+    launches = (
+        (x + omega, read_again + omega * rows / block + parts, s * unit),
+        (0.0, 2 * parts, 0.0),
+        (again + 16 * width * columns, read_again + summed, s * unit),
+    )
+    yield Case("accumulate_moments", rows, width, rank, x + sums, 2 * unit * columns, launches)
+    if rank > 36:  # wider test matrices are two calls
+        return
+    parts = 4.0 * rows * (columns + rank) * splits(64, 1)
+    launches = (
+        (x + omega + basis, x + (omega + basis) * rows / 64 + parts, (s + 2 * 64) * unit),
+        (0.0, 2 * parts, 0.0),
+        (again + x + 16 * width * columns, 2 * x + summed + 4.0 * rows * rank * width / 64, (s + 3 * k) * unit),
+    )
+    flops = 2 * unit * (columns + rank)
+    yield Case("collapse_and_accumulate", rows, width, rank, 2 * x + sums + basis, flops, launches)
 
 
 def forms(case: Case) -> tuple[Forms, Callable[[], float]]:
@@ -103,7 +138,7 @@ def forms(case: Case) -> tuple[Forms, Callable[[], float]]:
     if case.op in ("collapse", "accumulate_moments", "collapse_and_accumulate"):
         basis = torch.linalg.qr(rand(case.width, case.rank, dtype=torch.float32))[0]
         columns = case.rank + min(case.rank, 64) + 32
-        omega = rand(case.width, columns, dtype=torch.float32)
+        omega = rand(case.width, columns)
         out, state = torch.empty_like(x), ck.new_moments(case.width, omega, "cuda")
         if case.op == "collapse":
 
@@ -117,9 +152,8 @@ def forms(case: Case) -> tuple[Forms, Callable[[], float]]:
             )
 
         def moments() -> Tensor:
-            rows = x.float()
-            state.total.add_(rows.sum(0))
-            return state.action.add_(rows.T @ (rows @ omega))
+            state.total.add_(x.sum(0))
+            return state.action.add_(x.T @ (x @ omega))
 
         def both() -> Tensor:
             moments()
@@ -128,7 +162,7 @@ def forms(case: Case) -> tuple[Forms, Callable[[], float]]:
         def fresh() -> float:
             own = ck.accumulate_moments(ck.new_moments(case.width, omega, "cuda"), x)
             rows = x.double()
-            return error(own.action, rows.T @ (rows @ omega.double())) / 2**-14
+            return error(own.action, rows.T @ (rows @ omega.double())) / 2**-9
 
         if case.op == "accumulate_moments":
             ours: Callable[[], Tensor] = lambda: ck.accumulate_moments(state, x).action  # noqa: E731

@@ -106,11 +106,13 @@ def halves(b):
 
 @triton.jit
 def dot_split(a, b, acc):
-    """acc + a b with float32 ``b``: all of a half-precision ``a``, and b to 16 bits beside bfloat16, 21 else."""
+    """acc + a b with all of a half-precision ``a``, and float32 ``b`` to 16 bits beside bfloat16, 21 else."""
     if a.dtype == tl.bfloat16:
+        if b.dtype == tl.bfloat16:
+            return dot(a, b, acc)
         high, low = halves(b)
         return dot(a, high, dot(a, low, acc))
-    return dot(a.to(tl.float32), b, acc)
+    return dot(a.to(tl.float32), b.to(tl.float32), acc)
 
 
 @triton.jit

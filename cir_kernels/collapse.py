@@ -82,7 +82,7 @@ def columns_block(columns: int, widest: int) -> int:
 
 
 def project(x: Tensor, omega: Tensor | None, basis: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """X against float32 test and basis columns together, from one trip over X.
+    """X against bfloat16 test and float32 basis columns together, from one trip over X.
 
     Returns:
         X [Omega, P] in float32 by splits of the width (splits, T, s + k), to be summed by who reads it, and
@@ -92,7 +92,11 @@ def project(x: Tensor, omega: Tensor | None, basis: Tensor | None, mask: Tensor 
     n_omega, n_basis = (0 if m is None else m.shape[1] for m in (omega, basis))
     block_omega, block_basis = columns_block(n_omega, WIDEST_OMEGA), columns_block(n_basis, WIDEST_BASIS)
     n_blocks = max(1, triton.cdiv(n_omega, WIDEST_OMEGA), triton.cdiv(n_basis, WIDEST_BASIS))
-    block_rows = 32 if rows <= 256 else 64
+    half = x.dtype == torch.bfloat16
+    if n_omega and half:  # each block of rows reads all of Omega, which is more than X itself in small ones
+        block_rows, block_d = (128, 32) if rows > 2048 and not n_basis else (64, 32 if n_basis else 64)
+    else:
+        block_rows, block_d = 32 if rows <= 256 else 64, 64 if half else 32
     row_blocks = triton.cdiv(rows, block_rows)
     splits = max(1, min(16, PROGRAMS // (row_blocks * n_blocks), triton.cdiv(width, 4 * BLOCK_D)))
     split_width = triton.cdiv(triton.cdiv(width, splits), BLOCK_D) * BLOCK_D
@@ -115,7 +119,7 @@ def project(x: Tensor, omega: Tensor | None, basis: Tensor | None, mask: Tensor 
         *left.stride(),
         *right.stride(),
         BLOCK_T=block_rows,
-        BLOCK_D=64 if x.dtype == torch.bfloat16 and not n_omega else 32,
+        BLOCK_D=block_d,
         BLOCK_OMEGA=block_omega,
         BLOCK_BASIS=64 if n_omega and n_basis else block_basis,  # beside 128 columns, 32 spill where 64 do not
         num_warps=8,

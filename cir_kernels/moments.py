@@ -3,6 +3,10 @@
 One token's row can be 1e5 times the median's, and its square hides, in float32, every component but that
 token's. Rows more than 16 times the geometric mean of all rows' largest entries are therefore multiplied and
 summed in float64, and only those: float64 throughout would take several times as long as reading X does.
+
+Three launches: X Omega by splits of the width; their sums, with the huge rows set apart; X^T (X Omega). The second
+product needs all of a row's first, so that X is read twice: a row does not fit on a multiprocessor beside a (D, s)
+accumulator, and partial accumulators by row block would move more than X does.
 """
 
 from __future__ import annotations
@@ -26,9 +30,6 @@ from cir_kernels.collapse import (
     sides,
 )
 
-BLOCK_T = 32
-"""Rows of a block that is told to have huge rows or none; all kernels here must agree on it."""
-
 
 @dataclass
 class Moments:
@@ -38,7 +39,8 @@ class Moments:
         count: () int64, rows seen.
         total: (D,) float64, the sum of the rows.
         action: (D, s) float64 X^T X Omega, the action of the uncentred scatter on the test matrix.
-        omega: (D, s) float32 the test matrix Omega; None for the identity, where ``action`` is the full scatter.
+        omega: (D, s) bfloat16 the test matrix Omega; None for the identity, where ``action`` is the full scatter.
+            Any test matrix serves; this one is exact in the type that tensor cores multiply.
     """
 
     count: Tensor
@@ -48,14 +50,14 @@ class Moments:
 
 
 def new_moments(width: int, omega: Tensor | None, device: torch.device | str = "cpu") -> Moments:
-    """Moments of no rows at all. ``omega`` (width, s) is rounded to float32 on ``device``.
+    """Moments of no rows at all. ``omega`` (width, s) is rounded to bfloat16 on ``device``.
 
     Raises:
         ValueError: if ``omega`` is not a (width, s) matrix with s <= width.
     """
     if omega is not None:
         check_basis(omega, None, width, "omega")
-        omega = omega.to(device, torch.float32).contiguous()
+        omega = omega.to(device, torch.bfloat16).contiguous()
     columns = width if omega is None else omega.shape[1]
     return Moments(
         torch.zeros((), dtype=torch.int64, device=device),
@@ -70,9 +72,10 @@ def accumulate_moments(
 ) -> Moments:
     """Add rows ``x`` (T, D), any floating dtype and strides, to ``state`` in place and return it.
 
-    Rows where ``mask`` (T,) is False contribute nothing. Products are float32 but for rows beside which the others
-    would be lost, which are float64; sums over calls are float64. Memory beyond the state is O(T s); the PyTorch
-    form's is O(T (D + s)). Without a test matrix it is that form that runs, in float64 throughout.
+    Rows where ``mask`` (T,) is False contribute nothing. Sums are float32 but for rows beside which the others
+    would be lost, which are float64; sums over calls are float64. The kernels round X Omega of a bfloat16 X to
+    bfloat16 in between, as PyTorch does. Memory beyond the state is O(T s); the PyTorch form's is O(T (D + s)).
+    Without a test matrix it is that form that runs, in float64 throughout.
 
     Raises:
         TypeError: if ``x`` is not a floating tensor.
@@ -98,12 +101,12 @@ def collapse_and_accumulate(
     """:func:`accumulate_moments` of ``x`` as it is and :func:`cir_kernels.collapse` of it, in one trip over X.
 
     Arguments, results and errors are those of the two. It is two calls where one program cannot hold the columns of
-    both in its registers: beyond 128 of Omega or 64 of the basis, and for rows that are not bfloat16.
+    both in its registers: beyond 127 of Omega or 64 of the basis, and for rows that are not bfloat16.
     """
     _check(state, x, mask)
     check_basis(basis, mixer, x.shape[1])
     check_device(x=x, basis=basis, mixer=mixer, out=out)
-    fits = state.omega is not None and state.omega.shape[1] <= WIDEST_OMEGA and 0 < basis.shape[1] <= WIDEST_BASIS
+    fits = state.omega is not None and state.omega.shape[1] < WIDEST_OMEGA and 0 < basis.shape[1] <= WIDEST_BASIS
     if not fits or x.dtype != torch.bfloat16:
         accumulate_moments(state, x, mask, backend=backend)
         return collapse(x, basis, mixer, mask, out, backend=backend)
@@ -161,60 +164,43 @@ def _launch(
     n_omega, rank = omega.shape[1], 0 if basis is None else basis.shape[1]
     left, right = (None, omega) if basis is None else sides(basis, mixer)
     parts, largest = project(x, omega, left, mask)
-    row_blocks = triton.cdiv(rows, BLOCK_T)
-    coefficients = x.new_empty(rows, n_omega + rank, dtype=torch.float32)
+    half = x.dtype == torch.bfloat16
+    # The column after the last of X Omega is one, so that the sum of the rows comes out of the same product.
+    n_columns = 16 * triton.cdiv(n_omega + 1, 16)
+    coefficients = x.new_empty(rows, n_columns, dtype=torch.bfloat16 if half else torch.float32)
+    removed = x.new_empty(rows, rank, dtype=torch.float32)
     exact = x.new_empty(rows, n_omega, dtype=torch.float64)
-    wide = x.new_empty(row_blocks, dtype=torch.int32)
-    huge = x.new_empty(rows, dtype=torch.int32)
-    _separate_kernel[(row_blocks,)](
+    huge = x.new_empty(1 + rows, dtype=torch.int32)
+    _separate_kernel[(triton.cdiv(rows, 32), triton.cdiv(max(n_omega + 1, rank), 32))](
+        x,
+        omega,
         parts,
         largest,
         coefficients,
-        wide,
+        removed,
+        exact,
         huge,
         rows,
+        width,
         n_omega,
         rank,
         len(parts),
-        BLOCK_T=BLOCK_T,
+        n_columns,
+        *x.stride(),
+        BLOCK_T=32,
         BLOCK_S=32,
+        BLOCK_D=128,
         num_warps=4,
-    )
-    columns = columns_block(n_omega, 64)
-    _exact_kernel[(rows, triton.cdiv(n_omega, columns))](
-        x,
-        omega,
-        exact,
-        huge,
-        width,
-        n_omega,
-        *x.stride(),
-        *omega.stride(),
-        BLOCK_D=32,
-        BLOCK_S=columns,
-        num_warps=4,
-    )
-    _huge_kernel[(triton.cdiv(width, 32), triton.cdiv(n_omega, columns))](
-        x,
-        exact,
-        wide,
-        huge,
-        action,
-        rows,
-        width,
-        n_omega,
-        *x.stride(),
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=32,
-        BLOCK_S=columns,
-        num_warps=8,
     )
     out_or_x = x if out is None else out
-    columns = columns_block(n_omega, WIDEST_OMEGA)
-    block = 64 if rank else 32
-    _moments_kernel[(triton.cdiv(width, block), triton.cdiv(n_omega, columns))](
+    block_s = columns_block(n_omega + 1, WIDEST_OMEGA if half else 64)
+    block_d = 64 if half else 32
+    _moments_kernel[(triton.cdiv(width, block_d), triton.cdiv(n_omega + 1, block_s))](
         x,
         coefficients,
+        removed,
+        exact,
+        huge,
         right,
         mask,
         total,
@@ -224,142 +210,109 @@ def _launch(
         width,
         n_omega,
         rank,
+        n_columns,
         *x.stride(),
         *right.stride(),
         *out_or_x.stride(),
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=block,
-        BLOCK_S=columns,
+        BLOCK_T=64 if half and not rank else 32,
+        BLOCK_D=block_d,
+        BLOCK_S=block_s,
         BLOCK_K=columns_block(rank, WIDEST_BASIS),
-        num_warps=8,
-        num_stages=2,
+        num_warps=8 if half else 4,
+        num_stages=4 if half else 2,
     )
 
 
 @triton.jit
 def _separate_kernel(
+    x_ptr,
+    omega_ptr,
     parts_ptr,
     largest_ptr,
     coefficients_ptr,
-    wide_ptr,
+    removed_ptr,
+    exact_ptr,
     huge_ptr,
     n_tokens,
+    width,
     n_omega,
     rank,
     n_parts,
+    n_columns,
+    stride_xt,
+    stride_xd,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Sum the parts of X [Omega, P], but zero X Omega of the few huge rows, to be taken anew in float64.
+    """Sum the parts of X [Omega, P]; the few huge rows' X Omega becomes zero here, and float64 in ``exact``.
 
-    ``huge`` tells which rows these are, ``wide`` which blocks of rows have any.
+    ``huge`` is the number of those rows and then which they are, in order.
     """
-    i_t = tl.program_id(0)
+    i_t, i_s = tl.program_id(0), tl.program_id(1)
     bits = tl.zeros((1024,), tl.float32)
     counted = tl.zeros((1024,), tl.float32)
     for t in range(0, n_tokens, 1024):
-        o_all = t + tl.arange(0, 1024)
-        b_all = _largest(largest_ptr, o_all, n_tokens, n_parts)
+        b_all = _largest(largest_ptr, t + tl.arange(0, 1024), n_tokens, n_parts, n_tokens)
         bits += tl.where(b_all > 0, tl.log2(tl.maximum(b_all, 2e-38)), 0.0)
         counted += tl.where(b_all > 0, 1.0, 0.0)
     limit = tl.exp2(tl.sum(bits) / tl.maximum(tl.sum(counted), 1.0) + 4.0)
 
     o_t = (i_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    o_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
     m_t = o_t < n_tokens
-    huge = _largest(largest_ptr, o_t, n_tokens, n_parts) > limit
-    tl.store(huge_ptr + o_t, huge.to(tl.int32), mask=m_t)
-    tl.store(wide_ptr + i_t, tl.max(huge.to(tl.int32)))
-    columns = n_omega + rank
-    for j in range(0, columns, BLOCK_S):
-        o_j = j + tl.arange(0, BLOCK_S)
-        m_j = m_t[:, None] & (o_j < columns)[None, :]
-        b_c = load_parts(parts_ptr, o_t, o_j, n_tokens, columns, n_parts)
-        b_c = tl.where(huge[:, None] & (o_j < n_omega)[None, :], 0.0, b_c)
-        tl.store(coefficients_ptr + o_t[:, None] * columns + o_j[None, :], b_c, mask=m_j)
+    b_l = _largest(largest_ptr, o_t, n_tokens, n_parts, n_tokens)
+    huge = b_l > limit
+    b_c = load_parts(parts_ptr, o_t, o_s, n_tokens, n_omega + rank, n_parts)
+    b_c = tl.where((o_s == n_omega)[None, :], 1.0, b_c)
+    b_c = tl.where((huge | (b_l == 0))[:, None] | (o_s > n_omega)[None, :], 0.0, b_c)
+    p_c = coefficients_ptr + o_t[:, None] * n_columns + o_s[None, :]
+    tl.store(p_c, narrow(b_c, coefficients_ptr.dtype.element_ty), mask=m_t[:, None] & (o_s < n_columns)[None, :])
+    if i_s * BLOCK_S < rank:
+        b_r = load_parts(parts_ptr, o_t, n_omega + o_s, n_tokens, n_omega + rank, n_parts)
+        tl.store(removed_ptr + o_t[:, None] * rank + o_s[None, :], b_r, mask=m_t[:, None] & (o_s < rank)[None, :])
 
-
-@triton.jit
-def _exact_kernel(
-    x_ptr,
-    omega_ptr,
-    exact_ptr,
-    huge_ptr,
-    width,
-    n_omega,
-    stride_xt,
-    stride_xd,
-    stride_od,
-    stride_os,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """x Omega of one huge row in float64. Vector arithmetic: not every target has float64 matrix units."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(huge_ptr + row):
-        o_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-        acc = tl.zeros((BLOCK_S,), tl.float64)
+    before = 0
+    for t in range(0, i_t * BLOCK_T, 1024):
+        o_all = t + tl.arange(0, 1024)
+        b_all = _largest(largest_ptr, o_all, i_t * BLOCK_T, n_parts, n_tokens)
+        before += tl.sum((b_all > limit).to(tl.int32))
+    place = before + tl.cumsum(huge.to(tl.int32)) - 1
+    found = tl.sum(huge.to(tl.int32))
+    if i_s == 0:
+        tl.store(huge_ptr + 1 + place, o_t.to(tl.int32), mask=huge)
+        if i_t == tl.num_programs(0) - 1:
+            tl.store(huge_ptr, before + found)
+    for i in range(before, before + found):
+        row = tl.sum(tl.where(huge & (place == i), o_t, 0))
+        acc = tl.zeros((BLOCK_S,), tl.float64)  # vector arithmetic: not every target has float64 matrix units
         for d in range(0, width, BLOCK_D):
             o_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
             m_d = o_d < width
             b_x = tl.load(x_ptr + row * stride_xt + o_d * stride_xd, mask=m_d, other=0.0).to(tl.float64)
-            p_o = omega_ptr + o_d[:, None] * stride_od + o_s[None, :] * stride_os
+            p_o = omega_ptr + o_d[:, None] * n_omega + o_s[None, :]
             b_o = tl.load(p_o, mask=m_d[:, None] & (o_s < n_omega)[None, :], other=0.0).to(tl.float64)
             acc += tl.sum(b_x[:, None] * b_o, axis=0)
-        tl.store(exact_ptr + row * n_omega + o_s, acc, mask=o_s < n_omega)
+        tl.store(exact_ptr + tl.cast(i, tl.int64) * n_omega + o_s, acc, mask=o_s < n_omega)
 
 
 @triton.jit
-def _largest(largest_ptr, o_t, n_tokens, n_parts):
-    """Largest entry of rows ``o_t``, over the splits of their width."""
-    b_l = tl.load(largest_ptr + o_t, mask=o_t < n_tokens, other=0.0)
+def _largest(largest_ptr, o_t, end, n_parts, n_tokens):
+    """Largest entry of rows ``o_t``, over the splits of their width; 0 from row ``end`` on."""
+    b_l = tl.load(largest_ptr + o_t, mask=o_t < end, other=0.0)
     for i in range(1, n_parts):
-        b_l = tl.maximum(
-            b_l, tl.load(largest_ptr + i * tl.cast(n_tokens, tl.int64) + o_t, mask=o_t < n_tokens, other=0.0)
-        )
+        p_l = largest_ptr + i * tl.cast(n_tokens, tl.int64) + o_t
+        b_l = tl.maximum(b_l, tl.load(p_l, mask=o_t < end, other=0.0))
     return b_l
-
-
-@triton.jit
-def _huge_kernel(
-    x_ptr,
-    exact_ptr,
-    wide_ptr,
-    huge_ptr,
-    action_ptr,
-    n_tokens,
-    width,
-    n_omega,
-    stride_xt,
-    stride_xd,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """action += x^T (x Omega) of the huge rows, in float64."""
-    o_d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-    o_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    m_d, m_s = o_d < width, o_s < n_omega
-    acc = tl.zeros((BLOCK_D, BLOCK_S), tl.float64)
-    found = 0
-    for t in range(0, n_tokens, BLOCK_T):
-        if tl.load(wide_ptr + t // BLOCK_T):
-            found = 1
-            for r in range(t, min(t + BLOCK_T, n_tokens)):
-                if tl.load(huge_ptr + r):
-                    row = tl.cast(r, tl.int64)
-                    b_x = tl.load(x_ptr + row * stride_xt + o_d * stride_xd, mask=m_d, other=0.0).to(tl.float64)
-                    b_e = tl.load(exact_ptr + row * n_omega + o_s, mask=m_s, other=0.0)
-                    acc += b_x[:, None] * b_e[None, :]
-    if found:
-        p_a = action_ptr + o_d[:, None] * n_omega + o_s[None, :]
-        m_a = m_d[:, None] & m_s[None, :]
-        tl.store(p_a, tl.load(p_a, mask=m_a, other=0.0) + acc, mask=m_a)
 
 
 @triton.jit
 def _moments_kernel(
     x_ptr,
     coefficients_ptr,
+    removed_ptr,
+    exact_ptr,
+    huge_ptr,
     right_ptr,
     mask_ptr,
     total_ptr,
@@ -369,6 +322,7 @@ def _moments_kernel(
     width,
     n_omega,
     rank,
+    n_columns,
     stride_xt,
     stride_xd,
     stride_rd,
@@ -380,14 +334,23 @@ def _moments_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """action += X^T C, total += sum of X, over all rows in order; out = X - C' R^T in passing where BLOCK_K > 0."""
-    i_s = tl.program_id(1)
+    """[action, total] += X^T [C, 1], over all rows in order; out = X - C' R^T in passing where BLOCK_K > 0."""
     o_d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-    o_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
-    m_d, m_s = o_d < width, o_s < n_omega
-    columns = n_omega + rank
+    o_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    m_d = o_d < width
+    n_huge = tl.load(huge_ptr)
+    if n_huge > 0:  # before X may be overwritten; a few columns at a time, as registers are short
+        for j in range(0, BLOCK_S, 16):
+            o_j = tl.program_id(1) * BLOCK_S + j + tl.arange(0, 16)
+            acc_huge = tl.zeros((BLOCK_D, 16), tl.float64)
+            for i in range(n_huge):
+                row = tl.load(huge_ptr + 1 + i).to(tl.int64)
+                b_h = tl.load(x_ptr + row * stride_xt + o_d * stride_xd, mask=m_d, other=0.0).to(tl.float64)
+                b_e = tl.load(exact_ptr + tl.cast(i, tl.int64) * n_omega + o_j, mask=o_j < n_omega, other=0.0)
+                acc_huge += b_h[:, None] * tl.where(o_j == n_omega, 1.0, b_e)[None, :]
+            _add_sums(action_ptr, total_ptr, acc_huge, o_d, o_j, width, n_omega)
+        tl.debug_barrier()  # other threads of this program add to the same sums below
     acc = tl.zeros((BLOCK_D, BLOCK_S), tl.float32)
-    acc_total = tl.zeros((BLOCK_D,), tl.float64)
     if BLOCK_K:
         o_k = tl.arange(0, BLOCK_K)
         p_r = right_ptr + o_d[:, None] * stride_rd + o_k[None, :] * stride_rk
@@ -400,18 +363,25 @@ def _moments_kernel(
             kept &= tl.load(mask_ptr + o_t, mask=m_t, other=0) != 0
         p_x = x_ptr + o_t[:, None] * stride_xt + o_d[None, :] * stride_xd
         b_x = tl.load(p_x, mask=kept[:, None] & m_d[None, :], other=0.0)
-        p_c = coefficients_ptr + o_t[:, None] * columns
-        b_c = tl.load(p_c + o_s[None, :], mask=m_t[:, None] & m_s[None, :], other=0.0)
+        p_c = coefficients_ptr + o_t[:, None] * n_columns + o_s[None, :]
+        b_c = tl.load(p_c, mask=m_t[:, None] & (o_s < n_columns)[None, :], other=0.0)
         acc = dot_split(tl.trans(b_x), b_c, acc)
-        acc_total += tl.sum(b_x.to(tl.float64), axis=0)
         if BLOCK_K:
-            m_k = m_t[:, None] & (o_k < rank)[None, :]
-            b_k = tl.load(p_c + n_omega + o_k[None, :], mask=m_k, other=0.0)
+            p_k = removed_ptr + o_t[:, None] * rank + o_k[None, :]
+            b_k = tl.load(p_k, mask=m_t[:, None] & (o_k < rank)[None, :], other=0.0)
             b_out = less_projection(b_x, b_k, b_r)
             p_out = out_ptr + o_t[:, None] * stride_ot + o_d[None, :] * stride_od
             tl.store(p_out, narrow(b_out, out_ptr.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
+    _add_sums(action_ptr, total_ptr, acc.to(tl.float64), o_d, o_s, width, n_omega)
+
+
+@triton.jit
+def _add_sums(action_ptr, total_ptr, b_sums, o_d, o_s, width, n_omega):
+    """Add columns below ``n_omega`` to the action, and column ``n_omega`` to the total."""
+    m_d = o_d < width
     p_a = action_ptr + o_d[:, None] * n_omega + o_s[None, :]
-    m_a = m_d[:, None] & m_s[None, :]
-    tl.store(p_a, tl.load(p_a, mask=m_a, other=0.0) + acc.to(tl.float64), mask=m_a)
-    if i_s == 0:
-        tl.store(total_ptr + o_d, tl.load(total_ptr + o_d, mask=m_d, other=0.0) + acc_total, mask=m_d)
+    m_a = m_d[:, None] & (o_s < n_omega)[None, :]
+    tl.store(p_a, tl.load(p_a, mask=m_a, other=0.0) + b_sums, mask=m_a)
+    b_total = tl.sum(tl.where((o_s == n_omega)[None, :], b_sums, 0.0), axis=1)
+    if tl.max((o_s == n_omega).to(tl.int32)) > 0:
+        tl.store(total_ptr + o_d, tl.load(total_ptr + o_d, mask=m_d, other=0.0) + b_total, mask=m_d)

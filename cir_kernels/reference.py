@@ -47,7 +47,7 @@ def accumulate_moments(x: Tensor, omega: Tensor | None, mask: Tensor | None, tot
     if omega is not None and x.dtype != torch.float64:
         rows = rows.float()
         huge = huge_rows(rows)
-        action += rows.T @ (rows @ omega).masked_fill_(huge[:, None], 0)
+        action += rows.T @ (rows @ omega.float()).masked_fill_(huge[:, None], 0)
         rows = rows[huge]
     rows = rows.double()
     action.addmm_(rows.T, rows if omega is None else rows @ omega.double())

@@ -106,8 +106,9 @@ def test_save_and_load(tmp_path, mode):
     saved.save(tmp_path / "s.safetensors")
     loaded = Subspaces.load(tmp_path / "s.safetensors")
     assert loaded.mode == mode
-    assert torch.equal(loaded["s"].collapse_(rows()), saved["s"].collapse_(rows()))
-    assert torch.equal(loaded["s"].variance, saved["s"].variance)
+    for part, tensor in vars(saved["s"]).items():
+        assert torch.equal(getattr(loaded["s"], part), tensor) if tensor is not None else part == "mixer"
+    torch.testing.assert_close(loaded["s"].collapse_(rows()), saved["s"].collapse_(rows()))
     assert [file.name for file in tmp_path.iterdir()] == ["s.safetensors"]
 
 
