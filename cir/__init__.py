@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cir.attack import relearn
-    from cir.config import CIRConfig
+    from cir.config import CIRConfig, EditConfig
+    from cir.editor import EditError, Editor
+    from cir.edits import Edit
     from cir.evaluation import evaluate
     from cir.facts import Fact, Probe, load_facts
     from cir.report import Report
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "CIRConfig": "cir.config",
+    "Edit": "cir.edits",
+    "EditConfig": "cir.config",
+    "EditError": "cir.editor",
+    "Editor": "cir.editor",
     "Fact": "cir.facts",
     "Probe": "cir.facts",
     "Report": "cir.report",
@@ -32,6 +38,10 @@ _EXPORTS = {
 __version__ = "0.1.0"
 __all__ = [
     "CIRConfig",
+    "Edit",
+    "EditConfig",
+    "EditError",
+    "Editor",
     "Fact",
     "Probe",
     "Report",

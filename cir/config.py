@@ -120,6 +120,47 @@ class CIRConfig:
         return range(int(first), int(stop))
 
 
+@dataclass(frozen=True)
+class EditConfig:
+    """How :class:`cir.Editor` forgets one fact. The defaults are for a model of 135M parameters.
+
+    Attributes:
+        rate: Frobenius norm of each step over all weights together; halved when neighbours or text suffer.
+        max_steps: steps at most. check_every: steps between looks at the fact and its neighbours.
+        target_recall: share of the fact's recall at which it counts as forgotten.
+        keep: share of the neighbours' mean recall that must stay. neighbours: facts watched at most.
+        budget: highest relative rise of the text loss. text_tokens: of the text, measured, evenly spread.
+        rank, energy: the change is kept as factors of the smallest rank that holds this share of its squared norm,
+            and of this rank at most.
+        rounding: of 16-bit weights, see :func:`cir_kernels.outer_update_`.
+        max_length, skip_first: as in :class:`CIRConfig`.
+    """
+
+    rate: float = 0.5
+    max_steps: int = 40
+    check_every: int = 2
+    target_recall: float = 0.02
+    keep: float = 0.98
+    neighbours: int = 32
+    budget: float = 0.001
+    text_tokens: int = 4096
+    rank: int = 64
+    energy: float = 0.999
+    rounding: str = "stochastic"
+    max_length: int = 128
+    skip_first: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.rate > 0 and math.isfinite(self.rate), "rate", "a positive number", self.rate)
+        for name in ("max_steps", "check_every", "neighbours", "text_tokens", "rank"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("target_recall", "keep", "energy"):
+            _require(0 < getattr(self, name) <= 1, name, "above 0 and at most 1", getattr(self, name))
+        _require(self.budget > 0, "budget", "a positive number", self.budget)
+        _require(self.rounding in ("nearest", "stochastic"), "rounding", "nearest or stochastic", self.rounding)
+        _require(self.skip_first >= 0, "skip_first", "at least 0", self.skip_first)
+
+
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {got}")

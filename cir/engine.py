@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -17,13 +18,16 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient was NaN or infinite; no weight was changed by the step that met it."""
 
 
-def selective_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float) -> float:
+def selective_step(
+    targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float, rounding: str = "nearest", seed: int = 0
+) -> float:
     """W <- W - rate * dW / ||dW||, with dW = G'^T A' and the norm of all targets together.
 
     Args:
         targets: the linears to update.
         tokens: collapsed rows A' (T, D_in) and G' (T, D_out) at each of their sites.
         rate: r, the Frobenius norm of the whole change.
+        rounding, seed: of 16-bit weights, see :func:`cir_kernels.outer_update_`.
 
     Returns:
         ||dW|| before scaling. Where it is 0 nothing is changed.
@@ -35,7 +39,7 @@ def selective_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], rate
     if not math.isfinite(norm):
         raise NonFiniteError(f"expected a finite update, got norm {norm}; no weight was changed")
     if norm > 0:
-        _apply(targets, tokens, -rate / norm)
+        add_outer(targets, tokens, -rate / norm, rounding, seed)
     return norm
 
 
@@ -48,7 +52,7 @@ def plain_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: fl
     for name, rows in tokens.items():
         if not torch.isfinite(rows).all():
             raise NonFiniteError(f"expected finite rows at {name}; no weight was changed")
-    _apply(targets, tokens, -rate)
+    add_outer(targets, tokens, -rate)
 
 
 def snapshot(targets: Sequence[Target]) -> list[Tensor]:
@@ -63,6 +67,16 @@ def restore(targets: Sequence[Target], weights: Sequence[Tensor]) -> None:
         target.linear.weight.copy_(weight)
 
 
+def fingerprint(targets: Sequence[Target]) -> str:
+    """SHA-256 over the names, types, shapes and bits of the target weights."""
+    digest = hashlib.sha256()
+    for target in targets:
+        weight = target.linear.weight.detach()
+        digest.update(f"{target.name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _groups(targets: Sequence[Target], tokens: Mapping[str, Tensor]) -> list[tuple[list[Tensor], Tensor]]:
     """The gradients of targets that read one site, beside what they read."""
     by_site = groupby(targets, lambda target: target.activation.name)
@@ -70,6 +84,21 @@ def _groups(targets: Sequence[Target], tokens: Mapping[str, Tensor]) -> list[tup
 
 
 @torch.no_grad()
-def _apply(targets: Sequence[Target], tokens: Mapping[str, Tensor], scale: float) -> None:
-    for target in targets:
-        outer_update_(target.linear.weight, tokens[target.gradient.name], tokens[target.activation.name], scale)
+def add_outer(
+    targets: Sequence[Target],
+    tokens: Mapping[str, Tensor],
+    scale: float,
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> None:
+    """W <- W + scale * G^T A for each target, from the rows at its sites."""
+    for place, target in enumerate(targets):
+        weight = target.linear.weight
+        outer_update_(
+            weight,
+            tokens[target.gradient.name],
+            tokens[target.activation.name],
+            scale,
+            rounding=rounding if weight.dtype.itemsize == 2 else "nearest",
+            seed=seed * len(targets) + place,
+        )

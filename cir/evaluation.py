@@ -132,6 +132,18 @@ def continuation_logprobs(model: Any, tokenizer: Any, pairs: Sequence[tuple[str,
     return logprobs
 
 
+def loss_rise(losses: Tensor, original: Tensor, unseen: float) -> tuple[float, float]:
+    """Relative rise of the mean loss over windows (N, L), and its standard error.
+
+    ``unseen`` is the share of the text outside those windows: of a finite text what was seen is known, so that
+    nothing is in doubt where all of it was.
+    """
+    # Windows, not tokens, are the independent unit: the tokens of one share their context.
+    rises = (losses - original).mean(1) / original.mean()
+    stderr = float(rises.std()) * (unseen / len(rises)) ** 0.5 if unseen and len(rises) > 1 else 0.0
+    return float(rises.mean()), stderr
+
+
 @torch.no_grad()
 def token_losses(model: Any, rows: Tensor) -> Tensor:
     """Loss in nats of each predicted token of windows ``rows`` (N, L): a float32 (N, L - 1) on the host."""

@@ -37,6 +37,7 @@ class Forgetter:
         config: see :class:`CIRConfig`.
         subspaces: collapse against these throughout; None to fit them, first in :meth:`fit` and then again
             in every epoch, for the next.
+        known: with None above, collapse these first: bases are fitted on what they leave.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class Forgetter:
         retain: Sequence[Batch],
         config: CIRConfig,
         subspaces: Subspaces | None = None,
+        known: Subspaces | None = None,
     ) -> None:
         self._tape, self._targets, self._config = tape, targets, config
         self._loss_layers, self._batches, self._retain = loss_layers, batches, retain
-        self._background = Subspaces({}, "orthogonal")
+        self._background = known or Subspaces({}, "orthogonal")
         self._stream = _stream(targets, config) if subspaces is None else None
         # What is collapsed after the background, which the tokens of every batch lose first.
         self._common = Subspaces({}, config.mode) if subspaces is None else subspaces
@@ -68,11 +70,11 @@ class Forgetter:
         """Fit bases on the retain text and on the facts, changing no weight."""
         if self._stream is None:
             return
-        self._background = self._fit_background()
-        for batch, original in zip(self._batches, self._originals, strict=True):
+        self._background = self._background.then(self._fit_background(on_step))
+        for i in range(len(self._batches)):
             if stop is not None and stop.is_set():
                 return
-            self._observe(self._forget_tokens(batch, original)[1])
+            self._observe(self.forget_tokens(i)[1])
             on_step()
         self._solve()
 
@@ -87,10 +89,10 @@ class Forgetter:
             NonFiniteError: before the step that met a NaN or infinity changes any weight.
         """
         breaking, retain = [], []
-        for batch, original in zip(self._batches, self._originals, strict=True):
+        for i in range(len(self._batches)):
             if stop is not None and stop.is_set():
                 break
-            loss, tokens = self._forget_tokens(batch, original)
+            loss, tokens = self.forget_tokens(i)
             self._observe(tokens)
             selective_step(self._targets, self._common.collapse_(tokens), rate)
             breaking.append(loss)
@@ -101,8 +103,13 @@ class Forgetter:
             self._solve()
         return EpochLosses(_mean(breaking) or 0.0, _mean(retain))
 
-    def _forget_tokens(self, batch: Batch, original: dict[int, OriginalOutput]) -> tuple[float, Tokens]:
-        skip = self._config.skip_first
+    def forget_tokens(self, i: int) -> tuple[float, Tokens]:
+        """MLP breaking loss of batch ``i``, and its rows at every site, the background collapsed.
+
+        Raises:
+            NonFiniteError: on a NaN or infinite loss.
+        """
+        skip, batch, original = self._config.skip_first, self._batches[i], self._originals[i]
         hidden = self._tape.forward(batch, batch.predicting(skip))
         loss = mlp_breaking(hidden.mlp_outputs(self._loss_layers), original, batch.counted(skip))
         return _finite(loss), self._background.collapse_(self._tape.backward(loss, hidden))
@@ -122,7 +129,7 @@ class Forgetter:
             self._stream.observe(tokens)
 
     def _solve(self) -> None:
-        if self._stream is not None:
+        if self._stream is not None and self._batches:
             self._common = self._stream.solve()
 
     @torch.no_grad()
@@ -138,7 +145,7 @@ class Forgetter:
         return hidden.real(hidden.last)[mask].cpu()
 
     @torch.no_grad()
-    def _fit_background(self) -> Subspaces:
+    def _fit_background(self, on_step: Callable[[], object]) -> Subspaces:
         rank = self._config.rank_background
         if rank == 0:
             return Subspaces({}, "orthogonal")
@@ -146,7 +153,8 @@ class Forgetter:
         stream = SubspaceStream(sites, rank_activation=rank, rank_gradient=1, seed=self._config.seed)
         for batch in self._retain:
             # First tokens too: attention sinks are what a change of the weights must not touch.
-            stream.observe(self._tape.forward(batch, batch.counted(0)).tokens)
+            stream.observe(self._background.collapse_(self._tape.forward(batch, batch.counted(0)).tokens))
+            on_step()
         return stream.solve()
 
 

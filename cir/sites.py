@@ -31,6 +31,11 @@ class Target:
     activation: Site
     gradient: Site
 
+    @property
+    def name(self) -> str:
+        """The linear's name within the model."""
+        return self.gradient.name.removesuffix(".out")
+
 
 @dataclass(frozen=True)
 class MLP:
@@ -143,7 +148,7 @@ def _mlp(name: str, module: nn.Module, order: list[str]) -> MLP:
 def _check_editable(mlps: tuple[MLP, ...]) -> None:
     seen: dict[int, str] = {}
     for target in (target for mlp in mlps for target in mlp.targets):
-        weight, name = target.linear.weight, target.gradient.name.removesuffix(".out")
+        weight, name = target.linear.weight, target.name
         if weight.dtype not in EDITABLE_DTYPES or type(target.linear).forward is not nn.Linear.forward:
             raise ValueError(
                 f"{name}: expected an nn.Linear with a weight of float32, bfloat16 or float16, got "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from cir.sites import Site
 from cir_kernels import Moments, accumulate_moments, collapse, new_moments
+
+if TYPE_CHECKING:
+    from cir.config import CIRConfig
 
 FORMAT = "cir-subspaces-1"
 MODES = ("orthogonal", "sequential", "soft")
@@ -126,8 +131,12 @@ def _unit(vector: Tensor, negligible: Tensor) -> Tensor:
 class Subspaces(Mapping[str, Subspace]):
     """The common subspace of every site, by site name; what :meth:`save` writes and :meth:`load` reads."""
 
-    def __init__(self, subspaces: Mapping[str, Subspace], mode: str) -> None:
+    def __init__(
+        self, subspaces: Mapping[str, Subspace], mode: str, fitted_on: Mapping[str, Any] | None = None
+    ) -> None:
         self._subspaces = dict(subspaces)
+        self.fitted_on = dict(fitted_on or {})
+        """What :meth:`fit` notes: ``fingerprint`` of the model, its loss ``layers``, the ``contrast`` facts."""
         self.mode = mode
 
     def __getitem__(self, name: str) -> Subspace:
@@ -151,7 +160,24 @@ class Subspaces(Mapping[str, Subspace]):
         Holds because such bases are orthogonal: (I - P1 M1^T P1^T)(I - P2 M2^T P2^T) has no cross term.
         """
         joined = {name: _join(self.get(name), other.get(name)) for name in {**self, **other}}
-        return Subspaces(joined, other.mode)
+        return Subspaces(joined, other.mode, other.fitted_on or self.fitted_on)
+
+    @classmethod
+    def fit(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        texts: str | Iterable[str] | None,
+        contrast: Any = (),
+        *,
+        config: CIRConfig | None = None,
+        known: Subspaces | None = None,
+        progress: bool = True,
+    ) -> Subspaces:
+        """Bases that serve every later edit of ``model``, which is not changed: see :func:`cir.fitting.fit`."""
+        from cir.fitting import fit
+
+        return fit(model, tokenizer, texts, contrast, config=config, known=known, progress=progress)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
@@ -164,7 +190,8 @@ class Subspaces(Mapping[str, Subspace]):
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         try:
-            save_file(tensors, partial, metadata={"format": FORMAT, "mode": self.mode})
+            metadata = {"format": FORMAT, "mode": self.mode, "fitted_on": json.dumps(self.fitted_on)}
+            save_file(tensors, partial, metadata=metadata)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -186,7 +213,7 @@ class Subspaces(Mapping[str, Subspace]):
             name, _, part = key.rpartition(".")
             if part == "basis":
                 subspaces[name] = Subspace(basis, tensors.get(f"{name}.mixer"), tensors[f"{name}.variance"])
-        return cls(subspaces, metadata["mode"])
+        return cls(subspaces, metadata["mode"], json.loads(metadata.get("fitted_on", "{}")))
 
 
 def _join(first: Subspace | None, second: Subspace | None) -> Subspace:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from cir.capture import capture
 from cir.config import CIRConfig
 from cir.engine import NonFiniteError, restore, snapshot
-from cir.evaluation import recall, spread, token_losses
+from cir.evaluation import loss_rise, recall, spread, token_losses
 from cir.facts import Batch, Fact, load_facts, sentence_batches, windows
 from cir.forget import Forgetter
 from cir.report import Clock, Epoch, Measure, Report, hash_facts, library_versions, peak_memory
@@ -77,7 +77,9 @@ def unlearn(
     config.check_ranks(sites_of(targets))
     batches = fact_batches(tokenizer, facts, config, model.device)
     retain_batches, disruption_rows = text_batches(tokenizer, retain, disruption, config, model.device)
-    steps = (config.max_epochs + (subspaces is None)) * len(batches)
+    steps = config.max_epochs * len(batches)
+    if subspaces is None:
+        steps += len(batches) + (len(retain_batches) if config.rank_background else 0)
     clock, started = Clock(model.device), time.perf_counter()
 
     with (
@@ -172,13 +174,9 @@ class _Meter:
 
     def measure(self) -> Measure:
         losses = token_losses(self._model, self._rows)
-        start = float(self._original.mean())
-        # Windows, not tokens, are the independent unit: the tokens of one share their context.
-        rises = (losses - self._original).mean(1) / start
-        # Of a finite text: what was seen of it is known, so that nothing is in doubt where all was.
-        stderr = float(rises.std()) * (self._unseen / len(rises)) ** 0.5 if self._unseen else 0.0
+        rise, stderr = loss_rise(losses, self._original, self._unseen)
         recalls = recall(self._model, self._tokenizer, self._facts)
-        return Measure(recalls, float(losses.mean()), float(rises.mean()), stderr)
+        return Measure(recalls, float(losses.mean()), rise, stderr)
 
 
 def _better(now: Measure, best: Measure) -> bool:
@@ -230,10 +228,18 @@ def text_batches(
                 f"held out for the budget, got {len(rows)}"
             )
         rows, measured = rows[:kept], rows[kept:]
+    return _shuffled_batches(rows, config, device), measured
+
+
+def benign_batches(tokenizer: Any, text: str, config: CIRConfig, device: torch.device) -> list[Batch]:
+    """Batches of windows of ``text``, ``retain_tokens`` of them at most."""
+    return _shuffled_batches(windows(tokenizer, text, config.retain_length), config, device)
+
+
+def _shuffled_batches(rows: torch.Tensor, config: CIRConfig, device: torch.device) -> list[Batch]:
     shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))]
     rows = shuffled[: config.retain_tokens // config.retain_length]
-    batches = [
+    return [
         Batch(chunk, torch.ones_like(chunk, dtype=torch.bool)).to(device)
         for chunk in rows.split(config.retain_batch_size)
     ]
-    return batches, measured

@@ -1,0 +1,411 @@
+"""One fact at a time: forget it, take it back, ship it, and find it all again after a restart."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cir.capture import Tokens, capture
+from cir.config import CIRConfig, EditConfig
+from cir.edits import Edit, State, add_factors, factorise
+from cir.engine import add_outer, fingerprint, restore, selective_step, snapshot
+from cir.evaluation import loss_rise, mean_recall, recall, spread, token_losses
+from cir.facts import Fact, Probe, load_facts, sentence_batches, windows
+from cir.fitting import check_fitted_on
+from cir.forget import Forgetter
+from cir.journal import Journal
+from cir.sites import find_stack
+from cir.subspace import Subspaces
+from cir.unlearning import DISRUPTION_WINDOW, builtin_text
+
+UNKNOWN = 0.01
+"""A fact recalled with less than this probability is not there to be forgotten."""
+RETURNED = 0.05
+"""A forgotten fact is back when it is recalled at more than this share of what it was."""
+HALVINGS = 3
+TEXT_EVERY = 4
+"""Looks at the fact between looks at the text, which cost a second a thousand tokens on a CPU."""
+
+
+class EditError(RuntimeError):
+    """The fact could not be forgotten within the bounds; no weight was changed."""
+
+
+@dataclass
+class _Entry:
+    edit: Edit
+    status: str
+    """``active``, ``undone`` or ``committed``."""
+
+
+class Editor:
+    """Edits of one model, in place, each to be undone, redone, kept in a journal and shipped.
+
+    The weights are always those that the model came with plus the active edits, in the order they were made:
+    so undoing gives the same bits back, whatever the order, and so does a restart from the journal. One call
+    changes the model at a time; others wait and are served in the order they came. The model must not run in
+    other threads during a call.
+
+    Args:
+        model, tokenizer: as for :func:`cir.unlearn`; the model that ``subspaces`` were fitted on.
+        subspaces: of :meth:`Subspaces.fit`, with contrast facts.
+        neighbours: facts that must stay, watched during each edit; by default the contrast facts.
+        text: on which the loss is measured; the built-in text if None.
+        journal: a file to keep the edits in. One that exists is done again first.
+        config: see :class:`EditConfig`.
+
+    Raises:
+        ValueError: on subspaces of another model or fitted on no facts, or unusable neighbours or text.
+        JournalError: on a journal that is another model's or in use.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        subspaces: Subspaces,
+        *,
+        neighbours: Any = None,
+        text: str | None = None,
+        journal: str | Path | None = None,
+        config: EditConfig | None = None,
+    ) -> None:
+        self._model, self._tokenizer, self._subspaces = model, tokenizer, subspaces
+        self.config = config or EditConfig()
+        stack = find_stack(model)
+        layers = subspaces.fitted_on.get("layers") or range(len(stack.mlps))
+        self._stack, self._layers = stack, layers
+        self._targets = stack.targets(layers[-1])
+        self.fingerprint = fingerprint(self._targets)
+        check_fitted_on(subspaces, self.fingerprint)
+        watched = subspaces.fitted_on["contrast"] if neighbours is None else neighbours
+        facts = [probed(fact) for fact in load_facts(watched)] if watched else []
+        every = -(-len(facts) // self.config.neighbours) or 1
+        self._neighbours = [replace(fact, probes=fact.probes[:1]) for fact in facts[::every]]
+        rows = windows(tokenizer, builtin_text() if text is None else text, DISRUPTION_WINDOW)
+        self._text = spread(rows, self.config.text_tokens)
+        self._unseen = 1 - len(self._text) / len(rows)
+        self._base = snapshot(self._targets)
+        self._entries: list[_Entry] = []
+        self._losses: Tensor | None = None  # of the text now; None where that is not known
+        self._turns = _Turns()
+        self._journal = None if journal is None else Journal(journal, self.fingerprint)
+        if self._journal is not None and self._journal.records:
+            self._replay(self._journal)
+
+    def __enter__(self) -> Editor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the journal; the model stays as it is."""
+        if self._journal is not None:
+            self._journal.close()
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """Those in effect, committed ones included, in the order they were made."""
+        return tuple(entry.edit for entry in self._entries if entry.status != "undone")
+
+    def forget(self, fact: Any) -> Edit:
+        """Make the model forget one fact: a :class:`Fact`, an object :func:`load_facts` reads, or a sentence.
+
+        Steps are taken until recall is at ``target_recall`` of what it was. When neighbours or text suffer, the
+        steps since the last look are taken back and the rate is halved. What is applied in the end is the change
+        as low-rank factors, and the edit says what it measured with them.
+
+        Raises:
+            ValueError: if the fact has no sentence, is forgotten already, or was never known.
+            EditError: if not one step was within the bounds.
+            OSError: if the journal cannot be written.
+            In each case the model is as it was.
+        """
+        started = time.perf_counter()
+        fact = probed(load_facts([fact])[0])
+        config = self.config
+        (batch,) = sentence_batches(
+            self._tokenizer,
+            [fact],
+            batch_size=len(fact.sentences),
+            max_length=config.max_length,
+            skip_first=config.skip_first,
+        )
+        with self._turns:
+            before = self._known(fact)
+            original = self._losses_now()
+            try:
+                with capture(self._model, self._stack, self._layers[-1]) as tape:
+                    as_unlearning = CIRConfig(skip_first=config.skip_first)
+                    forgetter = Forgetter(
+                        tape,
+                        self._targets,
+                        self._layers,
+                        [batch.to(self._model.device)],
+                        [],
+                        as_unlearning,
+                        self._subspaces,
+                    )
+                    updates, stopped = self._walk(forgetter, fact, before, original)
+                if not updates:
+                    raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
+                full = State(self._recall(fact), self._watched())
+                factors, energy = factorise(self._targets, updates, config.rank, config.energy)
+                edit = Edit(
+                    id=fact.id,
+                    number=len(self._entries) + 1,
+                    fact=fact,
+                    factors=factors,
+                    energy=energy,
+                    before=before,
+                    full=full,
+                    after=full,
+                    steps=len(updates),
+                    seconds=0.0,
+                    stopped=stopped,
+                    fingerprint=self.fingerprint,
+                )
+                self._write([*self._active(), edit])
+                after, losses = self._state(fact, original)
+                edit = replace(edit, after=after, seconds=time.perf_counter() - started)
+                self._record("edit", {"id": edit.id}, edit.to_bytes())
+            except BaseException:
+                self._write(self._active())
+                raise
+            self._entries.append(_Entry(edit, "active"))
+            self._losses = losses
+            return edit
+
+    def undo(self, edit: Edit | None = None) -> Edit:
+        """Take an edit back, the last active one by default; the weights are then, bit for bit, those without it.
+
+        An earlier edit than the last can be undone where later ones hold without it.
+
+        Raises:
+            ValueError: if there is no such active edit, or a fact that a later one forgot would come back.
+        """
+        with self._turns:
+            entry = self._find(edit, "active")
+            remaining = [other for other in self._active() if other.number != entry.edit.number]
+            try:
+                self._write(remaining)
+                for later in (other for other in remaining if other.number > entry.edit.number):
+                    now = self._recall(later.fact)
+                    if now > max(RETURNED * later.before.recall, 1.25 * later.after.recall):
+                        raise ValueError(
+                            f"edit {entry.edit.number} ({entry.edit.id!r}): expected later edits to hold without it, "
+                            f"got {now:.3f} recall of {later.id!r}, {later.after.recall:.3f} with it; undo edit "
+                            f"{later.number} first"
+                        )
+                self._record("undo", {"number": entry.edit.number})
+            except BaseException:
+                self._write(self._active())
+                raise
+            self._set(entry, "undone")
+            return entry.edit
+
+    def redo(self, edit: Edit | None = None) -> Edit:
+        """Bring an undone edit back, the last one undone by default.
+
+        Raises:
+            ValueError: if there is no such undone edit.
+        """
+        with self._turns:
+            entry = self._find(edit, "undone")
+            try:
+                self._write(sorted([*self._active(), entry.edit], key=lambda e: e.number))
+                self._record("redo", {"number": entry.edit.number})
+            except BaseException:
+                self._write(self._active())
+                raise
+            self._set(entry, "active")
+            return entry.edit
+
+    def commit(self) -> None:
+        """Make the active edits final: they can no longer be undone."""
+        with self._turns:
+            self._record("commit", {})
+            self._commit()
+
+    def measure(self, edit: Edit) -> State:
+        """The model with ``edit`` in place of the active edit of its number: what a compressed one is worth.
+
+        Raises:
+            ValueError: if no edit of that number is active.
+        """
+        with self._turns:
+            entry = self._find(edit, "active")
+            active = self._active()
+            try:
+                self._write([other for other in active if other.number < entry.edit.number])
+                original = token_losses(self._model, self._text)
+                self._write([edit if other.number == entry.edit.number else other for other in active])
+                return self._state(entry.edit.fact, original)[0]
+            finally:
+                self._write(active)
+
+    def _walk(
+        self, forgetter: Forgetter, fact: Fact, before: State, original: Tensor
+    ) -> tuple[list[tuple[Tokens, float]], str]:
+        """Steps in place; the updates that were kept, and why it stopped."""
+        config, rate, halvings = self.config, self.config.rate, 0
+        updates: list[tuple[Tokens, float]] = []
+        kept = 0
+        for step in range(1, config.max_steps + 1):
+            tokens = self._subspaces.collapse_(forgetter.forget_tokens(0)[1])
+            norm = selective_step(self._targets, tokens, rate, config.rounding, seed=step)
+            if norm == 0:
+                return updates, "nothing left to break"
+            updates.append((tokens, -rate / norm))
+            if step % config.check_every:
+                continue
+            harm = self._harm(before, original, with_text=step % (TEXT_EVERY * config.check_every) == 0)
+            if harm:
+                for tokens, scale in reversed(updates[kept:]):
+                    add_outer(self._targets, tokens, -scale, config.rounding, seed=config.max_steps + step)
+                del updates[kept:]
+                rate, halvings = rate / 2, halvings + 1
+                if halvings > HALVINGS:
+                    return updates, harm
+                continue
+            kept = len(updates)
+            if self._recall(fact) <= config.target_recall * before.recall:
+                return updates, "forgotten"
+        return updates, "all steps taken"
+
+    def _harm(self, before: State, original: Tensor, with_text: bool) -> str:
+        """What suffers beyond its bound, if anything does."""
+        now = self._watched()
+        if now is not None and before.neighbours is not None and now < self.config.keep * before.neighbours:
+            return "neighbours suffer"
+        if with_text:
+            rise, stderr = loss_rise(token_losses(self._model, self._text), original, self._unseen)
+            if rise + stderr > self.config.budget:
+                return "budget spent"
+        return ""
+
+    def _known(self, fact: Fact) -> State:
+        """The model before an edit of ``fact``; raises ValueError where there is nothing to forget."""
+        for entry in self._entries:
+            if entry.status != "undone" and entry.edit.fact.sentences == fact.sentences:
+                raise ValueError(f"fact {fact.id!r}: already forgotten by edit {entry.edit.number}")
+        before = State(self._recall(fact), self._watched())
+        if before.recall < UNKNOWN:
+            raise ValueError(
+                f"fact {fact.id!r}: expected one that the model knows, got a recall of {before.recall:.4f}: "
+                "forgotten already, or never known"
+            )
+        return before
+
+    def _state(self, fact: Fact, original: Tensor) -> tuple[State, Tensor]:
+        losses = token_losses(self._model, self._text)
+        rise, stderr = loss_rise(losses, original, self._unseen)
+        return State(self._recall(fact), self._watched(), rise, stderr), losses
+
+    def _recall(self, *facts: Fact) -> float:
+        return mean_recall(recall(self._model, self._tokenizer, facts)) or 0.0
+
+    def _watched(self) -> float | None:
+        return self._recall(*self._neighbours) if self._neighbours else None
+
+    def _losses_now(self) -> Tensor:
+        if self._losses is None:
+            self._losses = token_losses(self._model, self._text)
+        return self._losses
+
+    def _active(self) -> list[Edit]:
+        return [entry.edit for entry in self._entries if entry.status == "active"]
+
+    def _find(self, edit: Edit | None, status: str) -> _Entry:
+        found = [e for e in self._entries if e.status == status and (edit is None or e.edit.number == edit.number)]
+        if not found:
+            which = "an edit" if edit is None else f"edit {edit.number} ({edit.id!r})"
+            states = {e.edit.number: e.status for e in self._entries}
+            raise ValueError(f"expected {which} that is {status}, got {states or 'none at all'}")
+        return found[-1]
+
+    def _set(self, entry: _Entry, status: str) -> None:
+        entry.status = status
+        self._losses = None
+
+    def _write(self, edits: Sequence[Edit]) -> None:
+        """Weights = base + ``edits``."""
+        restore(self._targets, self._base)
+        for edit in edits:
+            add_factors(self._targets, edit.factors, rounding=self.config.rounding, seed=edit.number)
+
+    def _commit(self) -> None:
+        self._base = snapshot(self._targets)
+        for entry in self._entries:
+            entry.status = "committed" if entry.status == "active" else entry.status
+
+    def _record(self, kind: str, about: dict[str, Any], payload: bytes = b"") -> None:
+        if self._journal is not None:
+            self._journal.append(kind, about, payload)
+
+    def _replay(self, journal: Journal) -> None:
+        for record in journal.records:
+            if record.kind == "edit":
+                self._entries.append(_Entry(Edit.from_bytes(record.payload), "active"))
+            elif record.kind == "commit":
+                self._write(self._active())
+                self._commit()
+            else:
+                self._entries[record.about["number"] - 1].status = {"undo": "undone", "redo": "active"}[record.kind]
+        self._write(self._active())
+        journal.records.clear()
+
+
+def probed(fact: Fact) -> Fact:
+    """``fact`` with probes: its own, or its sentences up to the word that most of them end with.
+
+    Raises:
+        ValueError: if it has neither probes nor a sentence of two words.
+    """
+    if fact.probes:
+        return fact
+    ends = [match for s in fact.sentences if (match := re.fullmatch(r"(.*\S)(\s+\S*\w)\W*", s))]
+    if not ends:
+        raise ValueError(f"fact {fact.id!r}: expected probes, or a sentence of two words or more, got neither")
+    word = Counter(match[2].strip() for match in ends).most_common(1)[0][0]
+    return replace(fact, probes=tuple(Probe(m[1], f" {word}") for m in ends if m[2].strip() == word))
+
+
+class _Turns:
+    """A lock whose waiters are served in the order they came."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[threading.Lock] = deque()
+        self._guard = threading.Lock()
+
+    def __enter__(self) -> None:
+        turn = threading.Lock()
+        turn.acquire()
+        with self._guard:
+            self._waiting.append(turn)
+            if self._waiting[0] is turn:
+                turn.release()
+        try:
+            turn.acquire()
+        except BaseException:  # Ctrl-C while waiting: others must not wait for this one
+            self._leave(turn)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._leave(self._waiting[0])
+
+    def _leave(self, turn: threading.Lock) -> None:
+        with self._guard:
+            first = self._waiting[0] is turn
+            self._waiting.remove(turn)
+            if first and self._waiting:
+                self._waiting[0].release()
