@@ -136,15 +136,15 @@ class EditConfig:
         max_length, skip_first: as in :class:`CIRConfig`.
     """
 
-    rate: float = 0.5
+    rate: float = 0.8
     max_steps: int = 40
     check_every: int = 2
-    target_recall: float = 0.02
+    target_recall: float = 0.01
     keep: float = 0.98
     neighbours: int = 32
     budget: float = 0.001
-    text_tokens: int = 4096
-    rank: int = 64
+    text_tokens: int = 2048
+    rank: int = 16
     energy: float = 0.999
     rounding: str = "stochastic"
     max_length: int = 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import time
@@ -13,12 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from cir.attack import relearn as attack
 from cir.capture import Tokens, capture
 from cir.config import CIRConfig, EditConfig
 from cir.edits import Edit, State, add_factors, factorise
 from cir.engine import add_outer, fingerprint, restore, selective_step, snapshot
 from cir.evaluation import loss_rise, mean_recall, recall, spread, token_losses
-from cir.facts import Fact, Probe, load_facts, sentence_batches, windows
+from cir.facts import Batch, Fact, Probe, load_facts, pad, rows_to_answers, windows
 from cir.fitting import check_fitted_on
 from cir.forget import Forgetter
 from cir.journal import Journal
@@ -30,9 +32,10 @@ UNKNOWN = 0.01
 """A fact recalled with less than this probability is not there to be forgotten."""
 RETURNED = 0.05
 """A forgotten fact is back when it is recalled at more than this share of what it was."""
-HALVINGS = 3
-TEXT_EVERY = 4
-"""Looks at the fact between looks at the text, which cost a second a thousand tokens on a CPU."""
+SMALLEST_RATE = 1 / 8
+"""Share of the first rate below which neighbours that still suffer end the edit."""
+Update = tuple[Tokens, float]
+"""The collapsed rows of a step, and its scale."""
 
 
 class EditError(RuntimeError):
@@ -95,11 +98,16 @@ class Editor:
         self._unseen = 1 - len(self._text) / len(rows)
         self._base = snapshot(self._targets)
         self._entries: list[_Entry] = []
-        self._losses: Tensor | None = None  # of the text now; None where that is not known
+        self._losses: dict[tuple[int, ...], Tensor] = {}
         self._turns = _Turns()
         self._journal = None if journal is None else Journal(journal, self.fingerprint)
-        if self._journal is not None and self._journal.records:
-            self._replay(self._journal)
+        try:
+            if self._journal is not None and self._journal.records:
+                self._replay(self._journal)
+            self._losses_now()  # here, so that the first edit does not wait for it
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Editor:
         return self
@@ -132,57 +140,18 @@ class Editor:
         """
         started = time.perf_counter()
         fact = probed(load_facts([fact])[0])
-        config = self.config
-        (batch,) = sentence_batches(
-            self._tokenizer,
-            [fact],
-            batch_size=len(fact.sentences),
-            max_length=config.max_length,
-            skip_first=config.skip_first,
-        )
+        rows = rows_to_answers(self._tokenizer, fact, self.config.max_length, self.config.skip_first)
         with self._turns:
             before = self._known(fact)
-            original = self._losses_now()
             try:
-                with capture(self._model, self._stack, self._layers[-1]) as tape:
-                    as_unlearning = CIRConfig(skip_first=config.skip_first)
-                    forgetter = Forgetter(
-                        tape,
-                        self._targets,
-                        self._layers,
-                        [batch.to(self._model.device)],
-                        [],
-                        as_unlearning,
-                        self._subspaces,
-                    )
-                    updates, stopped = self._walk(forgetter, fact, before, original)
-                if not updates:
-                    raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
-                full = State(self._recall(fact), self._watched())
-                factors, energy = factorise(self._targets, updates, config.rank, config.energy)
-                edit = Edit(
-                    id=fact.id,
-                    number=len(self._entries) + 1,
-                    fact=fact,
-                    factors=factors,
-                    energy=energy,
-                    before=before,
-                    full=full,
-                    after=full,
-                    steps=len(updates),
-                    seconds=0.0,
-                    stopped=stopped,
-                    fingerprint=self.fingerprint,
-                )
-                self._write([*self._active(), edit])
-                after, losses = self._state(fact, original)
-                edit = replace(edit, after=after, seconds=time.perf_counter() - started)
+                edit, losses = self._forget(fact, pad(rows).to(self._model.device), before)
+                edit = replace(edit, seconds=time.perf_counter() - started)
                 self._record("edit", {"id": edit.id}, edit.to_bytes())
             except BaseException:
                 self._write(self._active())
                 raise
             self._entries.append(_Entry(edit, "active"))
-            self._losses = losses
+            self._losses[self._in_effect()] = losses
             return edit
 
     def undo(self, edit: Edit | None = None) -> Edit:
@@ -199,7 +168,7 @@ class Editor:
             try:
                 self._write(remaining)
                 for later in (other for other in remaining if other.number > entry.edit.number):
-                    now = self._recall(later.fact)
+                    now = self._look(later.fact).recall
                     if now > max(RETURNED * later.before.recall, 1.25 * later.after.recall):
                         raise ValueError(
                             f"edit {entry.edit.number} ({entry.edit.id!r}): expected later edits to hold without it, "
@@ -210,7 +179,7 @@ class Editor:
             except BaseException:
                 self._write(self._active())
                 raise
-            self._set(entry, "undone")
+            entry.status = "undone"
             return entry.edit
 
     def redo(self, edit: Edit | None = None) -> Edit:
@@ -227,7 +196,7 @@ class Editor:
             except BaseException:
                 self._write(self._active())
                 raise
-            self._set(entry, "active")
+            entry.status = "active"
             return entry.edit
 
     def commit(self) -> None:
@@ -236,8 +205,11 @@ class Editor:
             self._record("commit", {})
             self._commit()
 
-    def measure(self, edit: Edit) -> State:
+    def measure(self, edit: Edit, relearn: Any = None) -> State:
         """The model with ``edit`` in place of the active edit of its number: what a compressed one is worth.
+
+        Args:
+            relearn: facts; if given, recall after :func:`cir.relearn` has trained on them is measured too.
 
         Raises:
             ValueError: if no edit of that number is active.
@@ -249,56 +221,82 @@ class Editor:
                 self._write([other for other in active if other.number < entry.edit.number])
                 original = token_losses(self._model, self._text)
                 self._write([edit if other.number == entry.edit.number else other for other in active])
-                return self._state(entry.edit.fact, original)[0]
+                fact = entry.edit.fact
+                state = self._state(fact, original)[0]
+                if relearn is None:
+                    return state
+                last = attack(self._model, self._tokenizer, relearn, [fact], progress=False)[-1]
+                return replace(state, relearned=last[fact.id])
             finally:
                 self._write(active)
 
-    def _walk(
-        self, forgetter: Forgetter, fact: Fact, before: State, original: Tensor
-    ) -> tuple[list[tuple[Tokens, float]], str]:
-        """Steps in place; the updates that were kept, and why it stopped."""
-        config, rate, halvings = self.config, self.config.rate, 0
-        updates: list[tuple[Tokens, float]] = []
-        kept = 0
-        for step in range(1, config.max_steps + 1):
-            tokens = self._subspaces.collapse_(forgetter.forget_tokens(0)[1])
-            norm = selective_step(self._targets, tokens, rate, config.rounding, seed=step)
-            if norm == 0:
-                return updates, "nothing left to break"
-            updates.append((tokens, -rate / norm))
-            if step % config.check_every:
-                continue
-            harm = self._harm(before, original, with_text=step % (TEXT_EVERY * config.check_every) == 0)
-            if harm:
-                for tokens, scale in reversed(updates[kept:]):
-                    add_outer(self._targets, tokens, -scale, config.rounding, seed=config.max_steps + step)
-                del updates[kept:]
-                rate, halvings = rate / 2, halvings + 1
-                if halvings > HALVINGS:
-                    return updates, harm
-                continue
-            kept = len(updates)
-            if self._recall(fact) <= config.target_recall * before.recall:
-                return updates, "forgotten"
-        return updates, "all steps taken"
+    def _forget(self, fact: Fact, batch: Batch, before: State) -> tuple[Edit, Tensor]:
+        """The edit, in place and measured, and the text losses with it."""
+        config, original = self.config, self._losses_now()
+        updates, full, stopped = self._walk(fact, batch, before)
+        while updates:
+            factors, energy = factorise(self._targets, updates, config.rank, config.energy)
+            edit = Edit(
+                id=fact.id,
+                number=len(self._entries) + 1,
+                fact=fact,
+                factors=factors,
+                energy=energy,
+                before=before,
+                full=full,
+                after=full,
+                steps=len(updates),
+                seconds=0.0,
+                stopped=stopped,
+                fingerprint=self.fingerprint,
+            )
+            self._write([*self._active(), edit])
+            after, losses = self._state(fact, original)
+            if after.rise + after.rise_stderr <= config.budget:
+                return replace(edit, after=after), losses
+            updates, stopped = updates[: len(updates) // 2], "budget spent"
+        raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
 
-    def _harm(self, before: State, original: Tensor, with_text: bool) -> str:
-        """What suffers beyond its bound, if anything does."""
-        now = self._watched()
-        if now is not None and before.neighbours is not None and now < self.config.keep * before.neighbours:
-            return "neighbours suffer"
-        if with_text:
-            rise, stderr = loss_rise(token_losses(self._model, self._text), original, self._unseen)
-            if rise + stderr > self.config.budget:
-                return "budget spent"
-        return ""
+    def _walk(self, fact: Fact, batch: Batch, before: State) -> tuple[list[Update], State, str]:
+        """Steps in place until the fact is forgotten: those kept, the model after the last, why it stopped."""
+        config = self.config
+        rate, seeds, state = config.rate, itertools.count(1), before
+        kept: list[Update] = []
+        with capture(self._model, self._stack, self._layers[-1]) as tape:
+            as_unlearning = CIRConfig(skip_first=config.skip_first)
+            forgetter = Forgetter(tape, self._targets, self._layers, [batch], [], as_unlearning, self._subspaces)
+            while len(kept) < config.max_steps:
+                new: list[Update] = []
+                for _ in range(config.check_every):
+                    tokens = self._subspaces.collapse_(forgetter.forget_tokens(0)[1])
+                    norm = selective_step(self._targets, tokens, rate, config.rounding, next(seeds))
+                    if norm == 0:
+                        return kept, state, "nothing left to break"
+                    new.append((tokens, -rate / norm))
+                now = self._look(fact)
+                if self._harmed(now, before):
+                    for tokens, scale in reversed(new):
+                        add_outer(self._targets, tokens, -scale, config.rounding, next(seeds))
+                    rate /= 2
+                    if rate < config.rate * SMALLEST_RATE:
+                        return kept, state, "neighbours suffer"
+                    continue
+                kept, state = kept + new, now
+                if now.recall <= config.target_recall * before.recall:
+                    return kept, state, "forgotten"
+        return kept, state, "all steps taken"
+
+    def _harmed(self, now: State, before: State) -> bool:
+        if now.neighbours is None or before.neighbours is None:
+            return False
+        return now.neighbours < self.config.keep * before.neighbours
 
     def _known(self, fact: Fact) -> State:
         """The model before an edit of ``fact``; raises ValueError where there is nothing to forget."""
         for entry in self._entries:
             if entry.status != "undone" and entry.edit.fact.sentences == fact.sentences:
                 raise ValueError(f"fact {fact.id!r}: already forgotten by edit {entry.edit.number}")
-        before = State(self._recall(fact), self._watched())
+        before = self._look(fact)
         if before.recall < UNKNOWN:
             raise ValueError(
                 f"fact {fact.id!r}: expected one that the model knows, got a recall of {before.recall:.4f}: "
@@ -309,18 +307,23 @@ class Editor:
     def _state(self, fact: Fact, original: Tensor) -> tuple[State, Tensor]:
         losses = token_losses(self._model, self._text)
         rise, stderr = loss_rise(losses, original, self._unseen)
-        return State(self._recall(fact), self._watched(), rise, stderr), losses
+        return replace(self._look(fact), rise=rise, rise_stderr=stderr), losses
 
-    def _recall(self, *facts: Fact) -> float:
-        return mean_recall(recall(self._model, self._tokenizer, facts)) or 0.0
-
-    def _watched(self) -> float | None:
-        return self._recall(*self._neighbours) if self._neighbours else None
+    def _look(self, fact: Fact) -> State:
+        """Recall of ``fact`` and of the neighbours, which it is not one of."""
+        others = [n for n in self._neighbours if n.id != fact.id and n.sentences != fact.sentences]
+        recalls = recall(self._model, self._tokenizer, [fact, *others])
+        return State(recalls.pop(fact.id), mean_recall(recalls))
 
     def _losses_now(self) -> Tensor:
-        if self._losses is None:
-            self._losses = token_losses(self._model, self._text)
-        return self._losses
+        """Of each token of the text, measured once for every set of edits."""
+        key = self._in_effect()
+        if key not in self._losses:
+            self._losses[key] = token_losses(self._model, self._text)
+        return self._losses[key]
+
+    def _in_effect(self) -> tuple[int, ...]:
+        return tuple(edit.number for edit in self.edits)
 
     def _active(self) -> list[Edit]:
         return [entry.edit for entry in self._entries if entry.status == "active"]
@@ -333,15 +336,10 @@ class Editor:
             raise ValueError(f"expected {which} that is {status}, got {states or 'none at all'}")
         return found[-1]
 
-    def _set(self, entry: _Entry, status: str) -> None:
-        entry.status = status
-        self._losses = None
-
     def _write(self, edits: Sequence[Edit]) -> None:
-        """Weights = base + ``edits``."""
+        """Weights = base + the sum of ``edits``, rounded once."""
         restore(self._targets, self._base)
-        for edit in edits:
-            add_factors(self._targets, edit.factors, rounding=self.config.rounding, seed=edit.number)
+        add_factors(self._targets, [edit.factors for edit in edits], rounding=self.config.rounding)
 
     def _commit(self) -> None:
         self._base = snapshot(self._targets)

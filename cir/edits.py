@@ -30,12 +30,14 @@ class State:
     Attributes:
         recall: mean recall of the edit's fact. neighbours: of the neighbours watched, None where there are none.
         rise: relative rise of the text loss since before the edit. rise_stderr: its standard error.
+        relearned: recall of the fact after the relearning attack, where that was measured.
     """
 
     recall: float
     neighbours: float | None
     rise: float = 0.0
     rise_stderr: float = 0.0
+    relearned: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Edit:
         energy: share of the squared norm of the change that the factors hold; the rest was left out.
         before, full, after: the model before; with all of the change; and with the factors, as it now is.
         steps: taken. seconds: of the whole call. stopped: why no further step was taken.
-        fingerprint: of the model that the journal's first edit was made on. seed: of the rounding of 16-bit weights.
+        fingerprint: of the model that the journal's first edit was made on.
     """
 
     id: str
@@ -100,7 +102,7 @@ class Edit:
         Raises:
             ValueError: if a linear of the edit is not in the model or has another shape; nothing is changed then.
         """
-        add_factors(self.targets_in(model), self.factors, sign=sign)
+        add_factors(self.targets_in(model), [self.factors], sign=sign)
 
     def targets_in(self, model: Any) -> list[Target]:
         """The linears of ``model`` that this edit changes."""
@@ -196,14 +198,14 @@ class Edit:
 
 @torch.no_grad()
 def add_factors(
-    targets: Sequence[Target], factors: Factors, *, sign: int = 1, rounding: str = "nearest", seed: int = 0
+    targets: Sequence[Target], edits: Sequence[Factors], *, sign: int = 1, rounding: str = "nearest"
 ) -> None:
-    """W <- W + sign * B^T A for each target; the same bits each time on one machine."""
-    for place, target in enumerate(targets):
+    """W <- W + sign * the sum of the edits' B^T A for each target, rounded once: the same bits each time."""
+    for place, target in enumerate(targets if edits else ()):
         weight = target.linear.weight
-        b, a = (t.to(weight.device) for t in factors[target.name])
+        b, a = (torch.cat(rows).to(weight.device) for rows in zip(*(f[target.name] for f in edits), strict=True))
         how = rounding if weight.dtype.itemsize == 2 else "nearest"
-        outer_update_(weight, b, a, float(sign), rounding=how, seed=seed * len(targets) + place)
+        outer_update_(weight, b, a, float(sign), rounding=how, seed=place)
 
 
 def factorise(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -204,17 +205,54 @@ def sentence_batches(
     Raises:
         ValueError: on a sentence longer than ``max_length`` tokens, or too short to leave one counted token.
     """
-    rows = []
-    for fact in facts:
-        for sentence in fact.sentences:
-            ids = tokenizer(sentence)["input_ids"]
-            if not skip_first + 2 <= len(ids) <= max_length:
-                raise ValueError(
-                    f"fact {fact.id!r}: expected sentences of {skip_first + 2} to {max_length} tokens, got "
-                    f"{len(ids)}: {sentence[:60]!r}"
-                )
-            rows.append(ids)
-    return [pad(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return batches_of(
+        [row for fact in facts for row in sentence_rows(tokenizer, fact, max_length, skip_first)], batch_size
+    )
+
+
+def batches_of(rows: Sequence[Sequence[int]], size: int) -> list[Batch]:
+    """Token ids in batches of ``size`` rows."""
+    return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def sentence_rows(tokenizer: Any, fact: Fact, max_length: int, skip_first: int) -> list[list[int]]:
+    """The token ids of each sentence.
+
+    Raises:
+        ValueError: as :func:`sentence_batches`.
+    """
+    rows = [tokenizer(sentence)["input_ids"] for sentence in fact.sentences]
+    for row, sentence in zip(rows, fact.sentences, strict=True):
+        if not skip_first + 2 <= len(row) <= max_length:
+            raise ValueError(
+                f"fact {fact.id!r}: expected sentences of {skip_first + 2} to {max_length} tokens, got "
+                f"{len(row)}: {sentence[:60]!r}"
+            )
+    return rows
+
+
+def rows_to_answers(tokenizer: Any, fact: Fact, max_length: int, skip_first: int) -> list[list[int]]:
+    """The token ids of each sentence up to the first of the answer, which is the target of a probe.
+
+    What leads to the answer is to be forgotten, not the answer: changed at its own tokens, a capital is lost to
+    all text that mentions it. A sentence that begins with the answer is left out; where every one does, or the
+    fact has no probe, all are whole.
+
+    Raises:
+        ValueError: as :func:`sentence_batches`.
+    """
+    rows = sentence_rows(tokenizer, fact, max_length, skip_first)
+    words = {probe.target.strip() for probe in fact.probes}
+    cut = []
+    for row, sentence in zip(rows, fact.sentences, strict=True):
+        starts = [match.start() for word in words if (match := re.search(rf"\b{re.escape(word)}\b", sentence))]
+        if starts:
+            # Tokens that the sentence shares with its part before the answer; the one after may be the answer's.
+            head = tokenizer(sentence[: min(starts)].rstrip())["input_ids"]
+            shared = next((i for i, (a, b) in enumerate(zip(row, head, strict=False)) if a != b), len(head))
+            row = row[: shared + 1]
+        cut.append(row)
+    return [row for row in cut if len(row) >= skip_first + 2] or rows
 
 
 def windows(tokenizer: Any, text: str, length: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -77,7 +78,7 @@ def fit(
         "layers": list(layers),
         "contrast": [*earlier, *(asdict(fact) for fact in facts)],
     }
-    return Subspaces(solved, solved.mode, fitted_on)
+    return Subspaces(solved, solved.mode, json.loads(json.dumps(fitted_on)))  # as it is read back
 
 
 def check_fitted_on(subspaces: Subspaces, own: str) -> None:

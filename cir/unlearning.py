@@ -19,7 +19,7 @@ from cir.capture import capture
 from cir.config import CIRConfig
 from cir.engine import NonFiniteError, restore, snapshot
 from cir.evaluation import loss_rise, recall, spread, token_losses
-from cir.facts import Batch, Fact, load_facts, sentence_batches, windows
+from cir.facts import Batch, Fact, batches_of, load_facts, sentence_rows, windows
 from cir.forget import Forgetter
 from cir.report import Clock, Epoch, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.sites import find_stack, sites_of
@@ -201,16 +201,9 @@ def _summary(measure: Measure) -> str:
 
 def fact_batches(tokenizer: Any, facts: Sequence[Fact], config: CIRConfig, device: torch.device) -> list[Batch]:
     """The facts' sentences in batches, shuffled so that each batch mixes many facts."""
-    single = [Fact(fact.id, (sentence,)) for fact in facts for sentence in fact.sentences]
-    random.Random(config.seed).shuffle(single)
-    batches = sentence_batches(
-        tokenizer,
-        single,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
-        skip_first=config.skip_first,
-    )
-    return [batch.to(device) for batch in batches]
+    rows = [row for fact in facts for row in sentence_rows(tokenizer, fact, config.max_length, config.skip_first)]
+    random.Random(config.seed).shuffle(rows)
+    return [batch.to(device) for batch in batches_of(rows, config.batch_size)]
 
 
 def text_batches(
