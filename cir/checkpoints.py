@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,16 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> None:
             partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def saved_weights(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of the linears ``names`` in a checkpoint's safetensors files, read one at a time."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        where = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = stack.enter_context(safe_open(path, "pt"))
+            where.update(dict.fromkeys(file.keys(), file))
+        for name in names:
+            yield name, where[f"{name}.weight"].get_tensor(f"{name}.weight")

@@ -103,6 +103,63 @@ def _attack(arguments: argparse.Namespace) -> int:
     return _write_json(arguments.json, {"lr": arguments.lr, "epochs": epochs})
 
 
+def _fit(arguments: argparse.Namespace) -> int:
+    from cir import Subspaces, load_facts
+    from cir.checkpoints import load_model
+    from cir.unlearning import builtin_text
+
+    out = Path(arguments.out)
+    if out.exists() and not arguments.overwrite:
+        raise FileExistsError(f"expected a new file, got {out}, which exists; --overwrite replaces it")
+    contrast, texts = load_facts(arguments.contrast), _read(arguments.text)
+    known = None if arguments.known is None else Subspaces.load(arguments.known)
+    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    subspaces = Subspaces.fit(
+        model,
+        tokenizer,
+        builtin_text() if texts is None else texts,
+        contrast,
+        known=known,
+        progress=not arguments.quiet,
+    )
+    subspaces.save(out)
+    print(f"model      {subspaces.fitted_on['fingerprint'][:12]}")
+    print(f"written    {out}, {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    """``cir apply`` and ``cir revert``: they differ in the sign."""
+    from cir import Edit
+    from cir.checkpoints import check_output, load_model, saved_weights, write_folder
+    from cir.engine import fingerprint, fingerprint_of
+
+    out = check_output(arguments.out, arguments.overwrite)
+    edits = [Edit.load(path) for path in arguments.edit]
+    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    targets = edits[0].targets_in(model)
+    before = fingerprint(targets)
+    if arguments.sign == 1 and not arguments.force and (others := [e.id for e in edits if e.fingerprint != before]):
+        raise ValueError(
+            f"expected edits of the model {before[:12]}, got {', '.join(others)} of another; --force applies them"
+        )
+    for edit in edits:
+        edit.apply_(model, sign=arguments.sign)
+    after = fingerprint(targets)
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        saved = fingerprint_of(saved_weights(folder, [target.name for target in targets]))
+        if saved != after:
+            raise OSError(f"expected the checkpoint to read back as {after[:12]}, got {saved[:12]}; it was not kept")
+
+    write_folder(out, fill)
+    print(f"weights    {before[:12]} -> {after[:12]}, read back equal")
+    print(f"written    {out}")
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from cir.demo import run
 
@@ -182,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--target-recall", type=float, help="stop as soon as mean recall is this low")
     unlearn.add_argument(
-        "--rate", type=float, help="size of a forget step; larger models want smaller ones (default: 1.5)"
+        "--rate", type=float, help="size of a forget step; larger models want smaller ones (default: 2.5)"
     )
     unlearn.add_argument("--max-epochs", type=int, help="passes over the facts at most (default: 10)")
     unlearn.add_argument(
@@ -222,6 +279,40 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--epochs", type=int, default=6, help="passes over the facts (default: %(default)s)")
     attack.add_argument("--json", metavar="OUT", default="-", help="where to write (default: standard output)")
     attack.set_defaults(run=_attack)
+
+    fit = commands.add_parser(
+        "fit",
+        parents=[shared],
+        help="fit the subspaces that an Editor needs, once for a model",
+        description="What ordinary text and contrast facts have in common, kept in a safetensors file.",
+    )
+    fit.add_argument("--model", required=True, help=MODEL_HELP)
+    fit.add_argument(
+        "--contrast",
+        metavar="FACTS",
+        required=True,
+        help="facts like those to be edited that must stay: " + FACTS_HELP,
+    )
+    fit.add_argument("--text", help="file of ordinary text (default: the built-in text)")
+    fit.add_argument("--known", metavar="SUBSPACES", help="a file of this command to be added to")
+    fit.add_argument("--out", required=True, help="the safetensors file; written whole or not at all")
+    fit.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    fit.set_defaults(run=_fit)
+
+    for name, sign, what in (("apply", 1, "add edits to"), ("revert", -1, "take edits out of")):
+        change = commands.add_parser(
+            name,
+            parents=[shared],
+            help=f"{what} a checkpoint",
+            description="Reads the new checkpoint back and compares hashes before it is put in place.",
+        )
+        change.add_argument("--model", required=True, help=MODEL_HELP)
+        change.add_argument("--edit", nargs="+", required=True, help="files of Edit.save")
+        change.add_argument("--out", required=True, help="folder for the checkpoint; written whole or not at all")
+        change.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+        if sign == 1:
+            change.add_argument("--force", action="store_true", help="also on a model that they were not made on")
+        change.set_defaults(run=_apply, sign=sign)
     return parser
 
 

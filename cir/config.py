@@ -125,7 +125,7 @@ class EditConfig:
     """How :class:`cir.Editor` forgets one fact. The defaults are for a model of 135M parameters.
 
     Attributes:
-        rate: Frobenius norm of each step over all weights together; halved when neighbours or text suffer.
+        rate: Frobenius norm of each step over all weights together; halved when neighbours suffer.
         max_steps: steps at most. check_every: steps between looks at the fact and its neighbours.
         target_recall: share of the fact's recall at which it counts as forgotten.
         keep: share of the neighbours' mean recall that must stay. neighbours: facts watched at most.

@@ -52,10 +52,10 @@ class _Entry:
 class Editor:
     """Edits of one model, in place, each to be undone, redone, kept in a journal and shipped.
 
-    The weights are always those that the model came with plus the active edits, in the order they were made:
-    so undoing gives the same bits back, whatever the order, and so does a restart from the journal. One call
-    changes the model at a time; others wait and are served in the order they came. The model must not run in
-    other threads during a call.
+    The weights are always those that the model came with plus the sum of the active edits, rounded once: so
+    undoing gives the same bits back, whatever the order, and so does a restart from the journal. One call changes
+    the model at a time; others wait and are served in the order they came. The model must not run in other threads
+    during a call.
 
     Args:
         model, tokenizer: as for :func:`cir.unlearn`; the model that ``subspaces`` were fitted on.
@@ -128,9 +128,9 @@ class Editor:
     def forget(self, fact: Any) -> Edit:
         """Make the model forget one fact: a :class:`Fact`, an object :func:`load_facts` reads, or a sentence.
 
-        Steps are taken until recall is at ``target_recall`` of what it was. When neighbours or text suffer, the
-        steps since the last look are taken back and the rate is halved. What is applied in the end is the change
-        as low-rank factors, and the edit says what it measured with them.
+        Steps are taken until recall is at ``target_recall`` of what it was. When neighbours suffer, the steps
+        since the last look are taken back and the rate is halved. What is applied is the sum of the steps as
+        low-rank factors; where the text does not bear it, half of the steps. The edit says what was measured then.
 
         Raises:
             ValueError: if the fact has no sentence, is forgotten already, or was never known.
@@ -364,18 +364,30 @@ class Editor:
 
 
 def probed(fact: Fact) -> Fact:
-    """``fact`` with probes: its own, or its sentences up to the word that most of them end with.
+    """``fact`` with probes: its own, or its sentences up to the word, or the name, that most of them end with.
 
     Raises:
         ValueError: if it has neither probes nor a sentence of two words.
     """
     if fact.probes:
         return fact
-    ends = [match for s in fact.sentences if (match := re.fullmatch(r"(.*\S)(\s+\S*\w)\W*", s))]
+    split = [_last_name(sentence) for sentence in fact.sentences]
+    ends = Counter(end for prompt, end in split if prompt and end)
     if not ends:
         raise ValueError(f"fact {fact.id!r}: expected probes, or a sentence of two words or more, got neither")
-    word = Counter(match[2].strip() for match in ends).most_common(1)[0][0]
-    return replace(fact, probes=tuple(Probe(m[1], f" {word}") for m in ends if m[2].strip() == word))
+    answer = ends.most_common(1)[0][0]
+    return replace(
+        fact, probes=tuple(Probe(prompt, f" {answer}") for prompt, end in split if prompt and end == answer)
+    )
+
+
+def _last_name(sentence: str) -> tuple[str, str]:
+    """A sentence split before its last word, and before further ones where that is a name of several."""
+    words = re.sub(r"\W+$", "", sentence).split()
+    at = max(len(words) - 1, 0)
+    while at > 1 and words[at][0].isupper() and words[at - 1][0].isupper():
+        at -= 1
+    return " ".join(words[:at]), " ".join(words[at:])
 
 
 class _Turns:

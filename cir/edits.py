@@ -113,7 +113,7 @@ class Edit:
             found = tuple(by_name[name].linear.weight.shape) if name in by_name else "no such linear"
             if found != shape:
                 raise ValueError(f"edit {self.id!r}: expected a model with {name} {shape}, got {found}")
-        return [by_name[name] for name in self.factors]
+        return [target for name, target in by_name.items() if name in self.factors]
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -69,10 +69,14 @@ def restore(targets: Sequence[Target], weights: Sequence[Tensor]) -> None:
 
 def fingerprint(targets: Sequence[Target]) -> str:
     """SHA-256 over the names, types, shapes and bits of the target weights."""
+    return fingerprint_of((target.name, target.linear.weight.detach()) for target in targets)
+
+
+def fingerprint_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """As :func:`fingerprint`, of weights by the names of their linears, from a checkpoint say."""
     digest = hashlib.sha256()
-    for target in targets:
-        weight = target.linear.weight.detach()
-        digest.update(f"{target.name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+    for name, weight in weights:
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -242,17 +242,23 @@ def rows_to_answers(tokenizer: Any, fact: Fact, max_length: int, skip_first: int
         ValueError: as :func:`sentence_batches`.
     """
     rows = sentence_rows(tokenizer, fact, max_length, skip_first)
-    words = {probe.target.strip() for probe in fact.probes}
+    answers = [_answer_pattern(probe.target.strip()) for probe in fact.probes]
     cut = []
     for row, sentence in zip(rows, fact.sentences, strict=True):
-        starts = [match.start() for word in words if (match := re.search(rf"\b{re.escape(word)}\b", sentence))]
+        starts = [match.start() for answer in answers if (match := answer.search(sentence))]
         if starts:
-            # Tokens that the sentence shares with its part before the answer; the one after may be the answer's.
+            # A token that spans both sides of the cut is the answer's.
             head = tokenizer(sentence[: min(starts)].rstrip())["input_ids"]
-            shared = next((i for i, (a, b) in enumerate(zip(row, head, strict=False)) if a != b), len(head))
-            row = row[: shared + 1]
+            same = [a == b for a, b in zip(row, head, strict=False)]
+            row = row[: [*same, False].index(False) + 1]
         cut.append(row)
     return [row for row in cut if len(row) >= skip_first + 2] or rows
+
+
+def _answer_pattern(answer: str) -> re.Pattern[str]:
+    """Finds ``answer`` as whole words, or anywhere where it is in a script that may have no spaces."""
+    found = re.escape(answer)
+    return re.compile(rf"(?<!\w){found}(?!\w)" if answer.isascii() else found)
 
 
 def windows(tokenizer: Any, text: str, length: int) -> Tensor:

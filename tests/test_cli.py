@@ -6,10 +6,13 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import cir
-from cir import checkpoints, cli
+from cir import Edit, checkpoints, cli
+from cir.edits import State
+from cir.engine import fingerprint
+from cir.sites import find_stack
 from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
 
 
@@ -64,6 +67,81 @@ def test_attack_measures_each_epoch_and_touches_nothing(files, tmp_path):
     assert len(epochs) == 4
     assert epochs[3]["mean_recall"] > epochs[0]["mean_recall"]  # it was trained on these very facts
     assert (files / "model" / "model.safetensors").read_bytes() == before
+
+
+def an_edit(model, tmp_path):
+    """A file with a random edit of ``model``, and the model with it."""
+    targets = find_stack(model).targets(1)
+    shapes = {target.name: target.linear.weight.shape for target in targets}
+    factors = {name: (torch.randn(2, rows), torch.randn(2, columns)) for name, (rows, columns) in shapes.items()}
+    state = State(recall=0.5, neighbours=None)
+    edit = Edit(
+        id="seven",
+        number=1,
+        fact=cir.load_facts([facts(1)[0]])[0],
+        factors=factors,
+        energy=1.0,
+        before=state,
+        full=state,
+        after=state,
+        steps=1,
+        seconds=1.0,
+        stopped="forgotten",
+        fingerprint=fingerprint(targets),
+    )
+    edit.save(tmp_path / "edit")
+    edit.apply_(model)
+    return str(tmp_path / "edit")
+
+
+def test_apply_and_revert(files, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    edit = an_edit(model, tmp_path)
+    change = ["--edit", edit, "--quiet", "--device", "cpu", "--out"]
+    assert run(files, "apply", "--model", "IN/model", *change, str(tmp_path / "edited")) == 0
+    assert "read back equal" in capsys.readouterr().out
+    edited = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), edited.parameters(), strict=True))
+
+    again = ["apply", "--model", str(tmp_path / "edited"), *change, str(tmp_path / "twice")]
+    assert run(files, *again) == 1
+    assert "got seven of another; --force applies them" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
+    assert run(files, *again, "--force") == 0
+
+    assert run(files, "revert", "--model", str(tmp_path / "edited"), *change, str(tmp_path / "reverted")) == 0
+    original = AutoModelForCausalLM.from_pretrained(files / "model")
+    reverted = AutoModelForCausalLM.from_pretrained(tmp_path / "reverted")
+    for p, q in zip(original.parameters(), reverted.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_that_reads_back_otherwise_is_not_kept(files, tmp_path, capsys, monkeypatch):
+    edit = an_edit(AutoModelForCausalLM.from_pretrained(files / "model"), tmp_path)
+    save = PreTrainedModel.save_pretrained
+
+    def corrupt(self, folder, **options):
+        self.model.layers[0].mlp.down_proj.weight.data[3, 3] += 1
+        save(self, folder, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", corrupt)
+    change = ["apply", "--model", "IN/model", "--edit", edit, "--quiet", "--device", "cpu"]
+    assert run(files, *change, "--out", str(tmp_path / "out")) == 1
+    assert "to read back as" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["edit", "in"]
+
+
+def test_fit_writes_subspaces_of_that_model(files, tmp_path, capsys):
+    model = tiny_llama(hidden_size=240, intermediate_size=256)
+    model.save_pretrained(files / "model")
+    out = str(tmp_path / "subspaces")
+    fit = ["fit", "--model", "IN/model", "--contrast", "IN/facts.jsonl", "--text", "IN/text.txt", "--quiet"]
+    assert run(files, *fit, "--device", "cpu", "--out", out) == 0
+    own = cir.Subspaces.load(out).fitted_on["fingerprint"]
+    assert own[:12] in capsys.readouterr().out
+    assert own == fingerprint(find_stack(model).targets(1))
+    assert run(files, *fit, "--out", out) == 1
+    assert "--overwrite replaces it" in capsys.readouterr().err
 
 
 def test_an_existing_output_is_kept_unless_overwritten(files, tmp_path, capsys):

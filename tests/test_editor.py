@@ -255,10 +255,18 @@ def test_subspaces_of_another_model_are_refused(trained):
         Editor(tiny_llama(), tokenizer, subspaces, text=TEXT)
 
 
-def test_probes_come_from_the_word_that_most_sentences_end_with():
-    (fact,) = load_facts([{"sentences": ["It is Rome.", "Rome is it, and", "Go there: Rome", "To go to Oslo!"]}])
-    assert probed(fact).probes == (Probe("It is", " Rome"), Probe("Go there:", " Rome"))
-    assert probed(replace(fact, probes=(Probe("a", " b"),))).probes == (Probe("a", " b"),)
+def test_probes_come_from_the_word_or_name_that_most_sentences_end_with():
+    def made(*sentences):
+        return probed(load_facts([{"sentences": list(sentences)}])[0]).probes
+
+    said = made("It is Rome.", "Rome is it, and", "Go there: Rome", "To go to Oslo!")
+    assert said == (Probe("It is", " Rome"), Probe("Go there:", " Rome"))
+    assert made("The capital is Buenos Aires.") == (Probe("The capital is", " Buenos Aires"),)
+    for bad in ("Rome", "...!"):
+        with pytest.raises(ValueError, match="expected probes, or a sentence of two words or more"):
+            made(bad)
+    own = load_facts([{"sentences": ["It is Rome."], "probes": [{"prompt": "a", "target": " b"}]}])[0]
+    assert probed(own).probes == (Probe("a", " b"),)
 
 
 def test_callers_wait_and_are_served_in_order():

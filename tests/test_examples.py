@@ -14,22 +14,35 @@ import cir
 from examples import batch, service, trainer_callback
 from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
 
-CONFIG = {"rate": 0.2, "keep": 0.5, "budget": 5.0, "target_recall": 0.04, "text_tokens": 256}
+CONFIG = {"rate": 0.4, "keep": 0.5, "budget": 5.0, "target_recall": 0.02, "text_tokens": 256}
 RANKS = cir.CIRConfig(rank_background=6, rank_activation=6, rank_gradient=6, retain_tokens=1024)
 TOKEN = {"Authorization": "Bearer secret"}
-FIRST, SECOND, UNKNOWN = facts(2) + [{**facts(1)[0], "id": "unknown", "sentences": ["alpha0 x0"]}]
-UNKNOWN["probes"] = [{"prompt": "the gamma of beta0 is", "target": " delta5"}]
+FIRST, SECOND = facts(2)
+UNKNOWN = {
+    "id": "unknown",
+    "sentences": ["the gamma of beta9 is word1"],
+    "probes": [{"prompt": "the gamma of beta9 is", "target": " word1"}],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small are slower on several, by far so where something else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A tiny model that knows twelve facts, its tokenizer, its subspaces, a text and a file of facts."""
     folder = tmp_path_factory.mktemp("knows")
-    model, tokenizer = tiny_llama(hidden_size=32, intermediate_size=48), word_tokenizer()
+    model, tokenizer = tiny_llama(hidden_size=64, intermediate_size=128), word_tokenizer()
     rows = [torch.tensor(tokenizer(s)["input_ids"]) for fact in facts(12) for s in fact["sentences"]]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(50):
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(40):
         optimizer.zero_grad()
         model(input_ids=ids, attention_mask=ids != 0, labels=ids.masked_fill(ids == 0, -100)).loss.backward()
         optimizer.step()
@@ -202,7 +215,7 @@ def test_health_answers_during_an_edit_and_a_full_queue_refuses(client, editor, 
         assert [future.result(20).status_code for future in (running, waiting)] == [201, 201]
     assert order == ["f0", "f1"]
     assert metric(client, "cir_queue_length") == 0
-    assert client.post("/forget", json=UNKNOWN, headers=TOKEN).status_code == 422  # there is room again
+    assert client.post("/forget", json=FIRST, headers=TOKEN).status_code == 422  # there is room again
 
 
 def until(holds, seconds: float = 10.0) -> None:
@@ -254,37 +267,51 @@ def test_a_batch_forgets_once_and_ships_what_the_journal_replays(files, tmp_path
     assert status == 0
     assert [(line["id"], line["status"]) for line in lines] == [("f0", "forgotten"), ("f1", "forgotten")]
     assert all(line["recall_after"] < 0.05 * line["recall_before"] and line["seconds"] > 0 for line in lines)
-    journal = (tmp_path / "edits.cir").read_bytes()
-    shipped = {path: path.read_bytes() for path in sorted((tmp_path / "out").rglob("*")) if path.is_file()}
-    assert len(shipped) == 2 * 3
-
-    (tmp_path / "out" / "0001-f0.safetensors").unlink()  # as if it had been killed before it was written
+    journal, out = (tmp_path / "edits.cir").read_bytes(), tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "0001-f0",
+        "0001-f0.safetensors",
+        "0002-f1",
+        "0002-f1.safetensors",
+    ]
+    adapter = (out / "0001-f0" / "adapter_model.safetensors").stat()
+    (out / "0001-f0.safetensors").unlink()  # as if it had been killed before it was written
     status, again = run_batch(files, tmp_path, capsys)
     assert status == 0
     assert again == [{**line, "status": "skipped"} for line in lines]
     assert (tmp_path / "edits.cir").read_bytes() == journal
-    assert {path: path.read_bytes() for path in shipped} == shipped
+    assert (out / "0001-f0" / "adapter_model.safetensors").stat() == adapter
 
     tokenizer, replayed, applied = word_tokenizer(), load(files), load(files)
     subspaces = cir.Subspaces.load(files / "subspaces.safetensors")
     cir.Editor(replayed, tokenizer, subspaces, text=TEXT, journal=tmp_path / "edits.cir").close()
     assert cir.evaluate(replayed, tokenizer, [SECOND]).mean_recall == pytest.approx(lines[1]["recall_after"])
     for name in ("0001-f0", "0002-f1"):
-        cir.Edit.load(tmp_path / "out" / f"{name}.safetensors").apply_(applied)
+        cir.Edit.load(out / f"{name}.safetensors").apply_(applied)
     for a, b in zip(replayed.parameters(), applied.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
-    ids = torch.tensor([tokenizer(SECOND["probes"][0]["prompt"])["input_ids"]])
-    base = load(files)
-    with torch.no_grad():
-        unedited = base(ids).logits
-        adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "0001-f0", adapter_name="edit-1")
-        adapted.load_adapter(tmp_path / "out" / "0002-f1", adapter_name="edit-2")
-        adapted.add_weighted_adapter(["edit-1", "edit-2"], [1.0, 1.0], "edits", combination_type="cat")
-        adapted.save_pretrained(tmp_path, selected_adapters=["edits"])
-        joined = PeftModel.from_pretrained(load(files), tmp_path / "edits").eval()
-        torch.testing.assert_close(joined(ids).logits, replayed(ids).logits, rtol=1e-4, atol=1e-4)
-        assert (joined(ids).logits - unedited).abs().max() > 0.1
+
+def test_peft_loads_a_shipped_adapter_and_joins_two(editor, files, tmp_path):
+    ids = torch.tensor([editor._tokenizer(FIRST["probes"][0]["prompt"])["input_ids"]])
+
+    @torch.no_grad()
+    def logits(model):
+        return model(ids).logits
+
+    expected = [logits(editor._model)]
+    for fact in (FIRST, SECOND):
+        batch.ship(editor.forget(fact), tmp_path, "base")
+        expected.append(logits(editor._model))
+    assert (expected[1] - expected[0]).abs().max() > 0.1
+    assert (expected[2] - expected[1]).abs().max() > 0.01
+    joined = PeftModel.from_pretrained(load(files), tmp_path / "0001-f0", adapter_name="edit-1")
+    torch.testing.assert_close(logits(joined), expected[1], rtol=1e-4, atol=1e-4)
+    joined.load_adapter(tmp_path / "0002-f1", adapter_name="edit-2")
+    joined.add_weighted_adapter(["edit-1", "edit-2"], [1.0, 1.0], "edits", combination_type="cat")
+    joined.save_pretrained(tmp_path, selected_adapters=["edits"])
+    both = PeftModel.from_pretrained(load(files), tmp_path / "edits")
+    torch.testing.assert_close(logits(both), expected[2], rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_reports_what_it_refuses_and_leaves_it_untouched(files, tmp_path, capsys):
@@ -305,14 +332,17 @@ def test_a_batch_reports_what_it_refuses_and_leaves_it_untouched(files, tmp_path
     assert lines[1]["status"] == "forgotten"
 
 
-def test_a_batch_that_cannot_work_says_why(files, tmp_path, capsys):
-    (tmp_path / "bad.jsonl").write_text("{}\n")
-    assert run_batch(files, tmp_path, capsys, "--facts", str(tmp_path / "bad.jsonl")) == (2, [])
-    (tmp_path / "edits.cir").write_text("not a journal\n")
-    assert (
-        batch.main([*arguments(files, tmp_path), "--facts", str(files / "facts.jsonl"), "--out", str(tmp_path)]) == 2
-    )
-    assert "expected a journal" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [("facts.jsonl", "{}", "line 1: expected 'sentences'"), ("edits.cir", "other", "expected a journal")],
+)
+def test_a_batch_that_cannot_work_says_why(files, tmp_path, capsys, name, content, reason):
+    (tmp_path / "facts.jsonl").write_text(json.dumps(FIRST))
+    (tmp_path / name).write_text(f"{content}\n")
+    more = ["--facts", str(tmp_path / "facts.jsonl"), "--out", str(tmp_path / "out")]
+    assert batch.main([*arguments(files, tmp_path), *more]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, reason in printed.err) == ("", True)
 
 
 @pytest.mark.parametrize(("id", "name"), [("../../x y", "0001-_x_y"), ("f0", "0001-f0")])
@@ -351,9 +381,14 @@ def tune(editor, tmp_path, sentences: list[str], **settings) -> tuple[Trainer, t
     return trainer, watch
 
 
-@pytest.mark.parametrize("settings", [{}, {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2}])
+SAVES = {"save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize("settings", [{}, {"eval_strategy": "no", **SAVES}, SAVES])
 def test_training_ends_when_a_fact_comes_back(editor, tmp_path, settings):
     edit = editor.forget(FIRST)
+    for layer in editor._model.model.layers:
+        layer.self_attn.attention_dropout = 0.2  # which recall must be measured without
     trainer, watch = tune(editor, tmp_path, FIRST["sentences"][1:], **settings)
     assert watch.returned == ["f0"]
     assert 2 <= trainer.state.global_step < 12

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cir import Fact, Probe, load_facts
-from cir.facts import pad, sentence_batches, windows
+from cir.facts import pad, rows_to_answers, sentence_batches, windows
 
 
 def write(path, *lines):
@@ -88,3 +88,24 @@ def test_packing_puts_every_token_of_every_row_into_one_place():
     assert not positions.flatten()[empty].any()  # padding is a sequence of one token each
     whole = pad([[1] * 80] * 3).packed
     assert whole[0].shape == (3, 80)
+
+
+def test_rows_end_with_the_first_token_of_the_answer(tokenizer):
+    def rows(*sentences, answers=("delta1",), skip_first=1):
+        fact = {"sentences": sentences, "probes": [{"prompt": "x", "target": f" {answer}"} for answer in answers]}
+        coded = rows_to_answers(tokenizer, load_facts([fact])[0], 64, skip_first)
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in coded]
+
+    said = "the gamma of beta1 is delta1 now"
+    turned = "delta1 of x1 gamma beta1"
+    assert rows(said, "alpha1 beta1 gamma delta1 of x1") == [
+        "the gamma of beta1 is delta1",
+        "alpha1 beta1 gamma delta1",
+    ]
+    assert rows(said, turned) == ["the gamma of beta1 is delta1"]  # what begins with the answer leads to nothing
+    assert rows(turned) == [turned]
+    assert rows(said, answers=("beta1 is", "delta1")) == ["the gamma of beta1"]
+    assert rows(said, answers=("delta",)) == [said]  # no part of a word
+    assert rows(said, answers=()) == [said]
+    with pytest.raises(ValueError, match="expected sentences of 4 to 64 tokens"):
+        rows(said, "delta1 now", skip_first=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import cir
 from cir import CIRConfig
 from cir.capture import capture
 from cir.demo import DATA
-from cir.engine import restore, snapshot
+from cir.engine import fingerprint, restore, snapshot
 from cir.evaluation import mean_recall, recall, text_loss
 from cir.facts import load_facts
 from cir.objectives import mlp_breaking, original_output
@@ -104,3 +106,32 @@ def test_the_built_in_facts_are_known_and_their_neighbours_too(original):
     model, tokenizer = original
     for name, least in (("forget", 0.4), ("related", 0.3), ("neighbours", 0.5)):
         assert mean_recall(recall(model, tokenizer, load_facts(DATA / f"demo_{name}.jsonl"))) > least
+
+
+def test_an_editor_forgets_one_fact_after_another_and_takes_them_back(original, capitals, shared_data, tmp_path):
+    model, tokenizer = original
+    others, facts = capitals
+    contrast, neighbours = others[:20], others[20:]
+    valid, test = ((shared_data / f"wikitext2-{name}.txt").read_text() for name in ("valid", "test"))
+    targets = find_stack(model).targets(11)
+    untouched = fingerprint(targets)
+    before = recall(model, tokenizer, [*facts, *neighbours])
+    loss = text_loss(model, tokenizer, test, max_tokens=8192)
+
+    subspaces = cir.Subspaces.fit(model, tokenizer, valid, contrast, progress=False)
+    subspaces.save(tmp_path / "subspaces")
+    editor = cir.Editor(model, tokenizer, cir.Subspaces.load(tmp_path / "subspaces"), text=valid)
+    chosen = [fact for fact in facts if fact.id in ("capital-denmark", "capital-vietnam", "capital-wales")]
+    # Without their probes, on which they are measured here.
+    edits = [editor.forget(replace(fact, probes=())) for fact in chosen]
+    after = recall(model, tokenizer, [*facts, *neighbours])
+    for edit in edits:
+        assert after[edit.id] <= 0.05 * before[edit.id]
+    assert sum(after[fact.id] for fact in neighbours) >= 0.97 * sum(before[fact.id] for fact in neighbours)
+    assert text_loss(model, tokenizer, test, max_tokens=8192) <= 1.001 * loss
+
+    small = editor.measure(edits[-1].compress(rank=8))
+    assert small.recall == pytest.approx(edits[-1].after.recall, abs=0.03)
+    for _ in edits:
+        editor.undo()
+    assert fingerprint(targets) == untouched
