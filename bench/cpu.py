@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench.eager import EagerCIR
-from bench.records import ROOT, write_rows
+from bench.records import ROOT, process_memory, write_rows
 from cir import CIRConfig, load_facts
 from cir.capture import capture
 from cir.checkpoints import demo_model, load_model
@@ -106,14 +106,9 @@ def peak_bytes(form: str, fact_files: list[str]) -> int:
     ctypes.CDLL(None).malloc_trim(0)  # what loading freed would else serve the epoch unseen
     with ExitStack() as undo:
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = process_memory("VmRSS")
         workload.prepare(form, undo)()
-        return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+        return process_memory("VmHWM") - before
 
 
 def main() -> None:

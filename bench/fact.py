@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.cpu import _status
-from bench.records import ROOT, write_rows
+from bench.records import ROOT, process_memory, write_rows
 from cir import EditConfig, EditError, Editor, Fact, Subspaces, load_facts, relearn
 from cir.checkpoints import demo_model, load_model
 from cir.demo import DATA
@@ -125,9 +124,9 @@ def singly(bench: Bench, forms: Sequence[str], count: int, attack: bool) -> list
     for fact in bench.facts[:count]:
         for form in forms:
             Path("/proc/self/clear_refs").write_text("5")
-            resident = _status("VmRSS")
+            resident = process_memory("VmRSS")
             seconds = bench.forget_with(form, fact)
-            peak = _status("VmHWM") - resident
+            peak = process_memory("VmHWM") - resident
             row = {"bench": "fact.single", "form": form, "fact": fact.id, "seconds": seconds, "peak_bytes": peak}
             row.update(bench.measure([fact]))
             if form == "cir":

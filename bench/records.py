@@ -40,6 +40,12 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         out.writelines(json.dumps({**row, **common}) + "\n" for row in rows)
 
 
+def process_memory(field: str) -> int:
+    """Bytes of this process, ``VmRSS`` now or ``VmHWM`` at most since ``/proc/self/clear_refs`` was told "5"."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()

@@ -126,7 +126,7 @@ class EditConfig:
 
     Attributes:
         rate: Frobenius norm of each step over all weights together; halved when neighbours suffer.
-        max_steps: steps at most. check_every: steps between looks at the fact and its neighbours.
+        max_steps: steps at most. check_every: steps between looks at the fact.
         target_recall: share of the fact's recall at which it counts as forgotten.
         keep: share of the neighbours' mean recall that must stay. neighbours: facts watched at most.
         budget: highest relative rise of the text loss. text_tokens: of the text, measured, evenly spread.
@@ -136,10 +136,10 @@ class EditConfig:
         max_length, skip_first: as in :class:`CIRConfig`.
     """
 
-    rate: float = 0.8
+    rate: float = 1.0
     max_steps: int = 40
     check_every: int = 2
-    target_recall: float = 0.01
+    target_recall: float = 0.005
     keep: float = 0.98
     neighbours: int = 32
     budget: float = 0.001

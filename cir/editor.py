@@ -17,7 +17,7 @@ from torch import Tensor
 from cir.attack import relearn as attack
 from cir.capture import Tokens, capture
 from cir.config import CIRConfig, EditConfig
-from cir.edits import Edit, State, add_factors, factorise
+from cir.edits import Edit, State, add_factors, factorise, spanned
 from cir.engine import add_outer, fingerprint, restore, selective_step, snapshot
 from cir.evaluation import loss_rise, mean_recall, recall, spread, token_losses
 from cir.facts import Batch, Fact, Probe, load_facts, pad, rows_to_answers, windows
@@ -32,6 +32,8 @@ UNKNOWN = 0.01
 """A fact recalled with less than this probability is not there to be forgotten."""
 RETURNED = 0.05
 """A forgotten fact is back when it is recalled at more than this share of what it was."""
+NEIGHBOURS_EVERY = 4
+"""Looks at the fact, at most, between looks at its neighbours, which cost several times as much."""
 SMALLEST_RATE = 1 / 8
 """Share of the first rate below which neighbours that still suffer end the edit."""
 Update = tuple[Tokens, float]
@@ -125,12 +127,18 @@ class Editor:
         """Those in effect, committed ones included, in the order they were made."""
         return tuple(entry.edit for entry in self._entries if entry.status != "undone")
 
+    @property
+    def history(self) -> tuple[tuple[Edit, str], ...]:
+        """All edits made, each with its status: ``active``, ``undone`` or ``committed``."""
+        return tuple((entry.edit, entry.status) for entry in self._entries)
+
     def forget(self, fact: Any) -> Edit:
         """Make the model forget one fact: a :class:`Fact`, an object :func:`load_facts` reads, or a sentence.
 
         Steps are taken until recall is at ``target_recall`` of what it was. When neighbours suffer, the steps
         since the last look are taken back and the rate is halved. What is applied is the sum of the steps as
-        low-rank factors; where the text does not bear it, half of the steps. The edit says what was measured then.
+        low-rank factors; where the text does not bear it, half of the steps. The edit says what was measured then,
+        and whether the fact is :attr:`Edit.forgotten`: the bounds may have left it partly known.
 
         Raises:
             ValueError: if the fact has no sentence, is forgotten already, or was never known.
@@ -139,6 +147,8 @@ class Editor:
             In each case the model is as it was.
         """
         started = time.perf_counter()
+        if isinstance(fact, str):
+            fact = {"id": fact, "sentences": [fact]}
         fact = probed(load_facts([fact])[0])
         rows = rows_to_answers(self._tokenizer, fact, self.config.max_length, self.config.skip_first)
         with self._turns:
@@ -168,8 +178,9 @@ class Editor:
             try:
                 self._write(remaining)
                 for later in (other for other in remaining if other.number > entry.edit.number):
-                    now = self._look(later.fact).recall
-                    if now > max(RETURNED * later.before.recall, 1.25 * later.after.recall):
+                    now = self._recall(later.fact)
+                    held = max(RETURNED, self.config.target_recall) * later.before.recall
+                    if now > max(held, 1.25 * later.after.recall):
                         raise ValueError(
                             f"edit {entry.edit.number} ({entry.edit.id!r}): expected later edits to hold without it, "
                             f"got {now:.3f} recall of {later.id!r}, {later.after.recall:.3f} with it; undo edit "
@@ -260,19 +271,24 @@ class Editor:
     def _walk(self, fact: Fact, batch: Batch, before: State) -> tuple[list[Update], State, str]:
         """Steps in place until the fact is forgotten: those kept, the model after the last, why it stopped."""
         config = self.config
-        rate, seeds, state = config.rate, itertools.count(1), before
+        rate, goal = config.rate, config.target_recall * before.recall
+        seeds, state = itertools.count(1), before
+        # Edits that move along shared directions harm by the square of their number: each leaves out the others'.
+        common = self._subspaces.then(spanned(self._targets, [edit.factors for edit in self.edits], self._subspaces))
         kept: list[Update] = []
         with capture(self._model, self._stack, self._layers[-1]) as tape:
             as_unlearning = CIRConfig(skip_first=config.skip_first)
-            forgetter = Forgetter(tape, self._targets, self._layers, [batch], [], as_unlearning, self._subspaces)
+            forgetter = Forgetter(tape, self._targets, self._layers, [batch], [], as_unlearning, common)
             while len(kept) < config.max_steps:
                 new: list[Update] = []
-                for _ in range(config.check_every):
-                    tokens = self._subspaces.collapse_(forgetter.forget_tokens(0)[1])
+                for _ in range(NEIGHBOURS_EVERY * config.check_every):
+                    tokens = common.collapse_(forgetter.forget_tokens(0)[1])
                     norm = selective_step(self._targets, tokens, rate, config.rounding, next(seeds))
                     if norm == 0:
                         return kept, state, "nothing left to break"
                     new.append((tokens, -rate / norm))
+                    if len(new) % config.check_every == 0 and self._recall(fact) <= goal:
+                        break
                 now = self._look(fact)
                 if self._harmed(now, before):
                     for tokens, scale in reversed(new):
@@ -282,7 +298,7 @@ class Editor:
                         return kept, state, "neighbours suffer"
                     continue
                 kept, state = kept + new, now
-                if now.recall <= config.target_recall * before.recall:
+                if now.recall <= goal:
                     return kept, state, "forgotten"
         return kept, state, "all steps taken"
 
@@ -308,6 +324,9 @@ class Editor:
         losses = token_losses(self._model, self._text)
         rise, stderr = loss_rise(losses, original, self._unseen)
         return replace(self._look(fact), rise=rise, rise_stderr=stderr), losses
+
+    def _recall(self, fact: Fact) -> float:
+        return recall(self._model, self._tokenizer, [fact])[fact.id]
 
     def _look(self, fact: Fact) -> State:
         """Recall of ``fact`` and of the neighbours, which it is not one of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,9 +17,12 @@ from torch import Tensor
 from cir.capture import Tokens
 from cir.facts import Fact, load_facts
 from cir.sites import Target, find_stack
+from cir.subspace import Subspace, Subspaces
 from cir_kernels import outer_norm_sq, outer_update_
 
 FORMAT = "cir-edit-1"
+SPANNED = 12
+"""Directions of an earlier edit that later ones leave alone, at each site."""
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By linear: B (r, D_out) and A (r, D_in), of which B^T A is added to its weight."""
 
@@ -65,6 +69,11 @@ class Edit:
     seconds: float
     stopped: str
     fingerprint: str
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether recall came down to ``target_recall``; else ``stopped`` says what was in the way."""
+        return self.stopped == "forgotten"
 
     @property
     def rank(self) -> int:
@@ -131,7 +140,8 @@ class Edit:
         }
         about = {key: value for key, value in vars(self).items() if key != "factors"}
         plain = {key: asdict(value) if hasattr(value, "__dict__") else value for key, value in about.items()}
-        return tensors, {"format": FORMAT, "edit": json.dumps(plain)}
+        # One key: safetensors writes several in no fixed order, and the same edit is to be the same bytes.
+        return tensors, {FORMAT: json.dumps(plain)}
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
@@ -142,8 +152,8 @@ class Edit:
         """
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path}: expected a file of format {FORMAT}, got {metadata.get('format')}")
+            if FORMAT not in metadata:
+                raise ValueError(f"{path}: expected a file of format {FORMAT}, got metadata {sorted(metadata)}")
             return cls._of(metadata, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
 
     @classmethod
@@ -156,7 +166,7 @@ class Edit:
 
     @classmethod
     def _of(cls, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Edit:
-        about = json.loads(metadata["edit"])
+        about = json.loads(metadata[FORMAT])
         factors = {key[:-2]: (tensor, tensors[key[:-1] + "A"]) for key, tensor in tensors.items() if key[-1] == "B"}
         states = {key: State(**about[key]) for key in ("before", "full", "after")}
         return cls(**{**about, **states, "fact": load_facts([about["fact"]])[0], "factors": factors})
@@ -226,6 +236,35 @@ def factorise(
         dtype = target.linear.weight.dtype
         factors[target.name] = b.to(dtype), a_r.to(dtype)
     return factors, min(1.0, _norm_sq(factors.values()) / max(total, 1e-300))
+
+
+def spanned(targets: Sequence[Target], edits: Sequence[Factors], known: Subspaces) -> Subspaces:
+    """At each site, the leading directions of what ``edits`` change there that ``known`` leaves.
+
+    ``SPANNED`` for each edit, and half of what is left of the site at most.
+    """
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+    for target in targets if edits else ():
+        for factors in edits:
+            b, a = factors[target.name]
+            rows[target.gradient.name].append(b)
+            rows[target.activation.name].append(a)
+    most = SPANNED * len(edits)
+    return Subspaces(
+        {name: _leading(torch.cat(them), known.get(name), most) for name, them in rows.items()}, known.mode
+    )
+
+
+def _leading(rows: Tensor, known: Subspace | None, most: int) -> Subspace:
+    """At most ``most`` orthonormal directions of ``rows`` (N, D), orthogonal to those known."""
+    rows, width = rows.float(), rows.shape[1]
+    smallest = 1e-3 * float(rows.norm())
+    if known is not None:
+        basis = known.basis.to(rows.device)
+        rows, width = rows - rows @ basis @ basis.T, width - basis.shape[1]
+    _, values, vh = torch.linalg.svd(rows, full_matrices=False)
+    kept = min(most, width // 2, int((values > smallest).sum()))
+    return Subspace(vh[:kept].T.contiguous(), None, values[:kept].double().square())
 
 
 def _truncated(g: Sequence[Tensor], a: Sequence[Tensor], rank: int, energy: float) -> tuple[Tensor, Tensor]:

@@ -99,8 +99,6 @@ class Changes:
         self._editor, self._metrics = editor, metrics
         self._places = threading.BoundedSemaphore(queue_size)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cir-editor")
-        # The editor shows only edits in effect; a redo needs those that were undone.
-        self._known = {edit.number: edit for edit in editor.edits}
 
     async def run(self, work: Callable[[], cir.Edit], refused: tuple[int, str]) -> EditOut:
         """What ``work`` does, in its turn; its ValueError becomes ``refused``, a status and a reason."""
@@ -113,12 +111,13 @@ class Changes:
         return await asyncio.wrap_future(future)
 
     def edit(self, number: int) -> cir.Edit:
-        if number not in self._known:
+        known = {edit.number: edit for edit, _ in self._editor.history}
+        if number not in known:
             raise self._metrics.refuse(404, "unknown", f"expected the number of an edit, got {number}")
-        return self._known[number]
+        return known[number]
 
     def listed(self) -> list[EditOut]:
-        return [self._shown(edit) for _, edit in sorted(self._known.copy().items())]
+        return [shown(edit, status) for edit, status in self._editor.history]
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -134,29 +133,28 @@ class Changes:
         except Exception:
             self._metrics.refusals.labels("failed").inc()
             raise
-        self._known[edit.number] = edit
-        return self._shown(edit)
+        return shown(edit, {e.number: status for e, status in self._editor.history}[edit.number])
 
     def _leave(self, _: Future[EditOut]) -> None:
         self._metrics.queue.dec()
         self._places.release()
 
-    def _shown(self, edit: cir.Edit) -> EditOut:
-        active = edit.number in {other.number for other in self._editor.edits}
-        return EditOut(
-            number=edit.number,
-            id=edit.id,
-            status="active" if active else "undone",
-            stopped=edit.stopped,
-            recall_before=edit.before.recall,
-            recall_after=edit.after.recall,
-            neighbours_before=edit.before.neighbours,
-            neighbours_after=edit.after.neighbours,
-            rise=edit.after.rise,
-            rank=edit.rank,
-            nbytes=edit.nbytes,
-            seconds=edit.seconds,
-        )
+
+def shown(edit: cir.Edit, status: str) -> EditOut:
+    return EditOut(
+        number=edit.number,
+        id=edit.id,
+        status=status,
+        stopped=edit.stopped,
+        recall_before=edit.before.recall,
+        recall_after=edit.after.recall,
+        neighbours_before=edit.before.neighbours,
+        neighbours_after=edit.after.neighbours,
+        rise=edit.after.rise,
+        rank=edit.rank,
+        nbytes=edit.nbytes,
+        seconds=edit.seconds,
+    )
 
 
 def create_app(editor: cir.Editor, *, token: str, queue_size: int = 8) -> FastAPI:
@@ -199,8 +197,8 @@ def _add_reads(app: FastAPI, editor: cir.Editor, metrics: Metrics, changes: Chan
 
 def _add_changes(app: FastAPI, editor: cir.Editor, metrics: Metrics, changes: Changes, token: str) -> None:
     def authorised(given: Credentials) -> None:
-        shown = given.credentials if given else ""
-        if not secrets.compare_digest(shown.encode(), token.encode()):
+        presented = given.credentials if given else ""
+        if not secrets.compare_digest(presented.encode(), token.encode()):
             raise metrics.refuse(401, "unauthorised", "expected a valid bearer token", WWW_Authenticate="Bearer")
 
     guarded = [Depends(authorised)]

@@ -132,7 +132,7 @@ def test_a_checkpoint_that_reads_back_otherwise_is_not_kept(files, tmp_path, cap
 
 
 def test_fit_writes_subspaces_of_that_model(files, tmp_path, capsys):
-    model = tiny_llama(hidden_size=240, intermediate_size=256)
+    model = tiny_llama(hidden_size=448, intermediate_size=464)
     model.save_pretrained(files / "model")
     out = str(tmp_path / "subspaces")
     fit = ["fit", "--model", "IN/model", "--contrast", "IN/facts.jsonl", "--text", "IN/text.txt", "--quiet"]

@@ -10,6 +10,7 @@ import torch
 
 from cir import CIRConfig, EditConfig, EditError, Editor, Subspaces
 from cir.editor import _Turns, probed
+from cir.edits import spanned
 from cir.engine import snapshot
 from cir.evaluation import recall, text_loss
 from cir.facts import Probe, load_facts
@@ -60,7 +61,7 @@ def test_forgets_the_fact_alone_and_reports_what_is_so(make, unchanged):
     loss = text_loss(model, tokenizer, TEXT, max_tokens=CONFIG.text_tokens)
     edit = editor.forget(FACTS[8])
     unchanged(model, weights=False)
-    assert edit.stopped == "forgotten"
+    assert edit.forgotten
     assert edit.before.recall > 0.9
     assert edit.after.recall < 0.3
     assert edit.after.recall == pytest.approx(recall(model, tokenizer, [FACTS[8]])["f8"], rel=1e-4)
@@ -72,6 +73,27 @@ def test_forgets_the_fact_alone_and_reports_what_is_so(make, unchanged):
     )
     assert editor.edits == (edit,)
     assert 0 < edit.seconds < 60
+
+
+def test_a_later_edit_leaves_the_directions_of_earlier_ones_alone(make, trained):
+    editor, known = make(), trained[2]
+    edits = [editor.forget(fact) for fact in FACTS[8:10]]
+    targets = find_stack(editor._model).targets(2)
+    earlier = spanned(targets, [edits[0].factors], known)
+    assert earlier.keys() == known.keys()
+    for target in targets:
+        for site, (first, second) in zip(
+            (target.gradient, target.activation),
+            zip(*(e.factors[target.name] for e in edits), strict=True),
+            strict=True,
+        ):
+            directions = earlier[site.name].basis
+            torch.testing.assert_close(directions.T @ directions, torch.eye(directions.shape[1]), atol=1e-5, rtol=0)
+            assert (known[site.name].basis.T @ directions).abs().max() < 1e-4
+            assert (first.float() @ directions).norm() > 0.3 * first.float().norm()
+            rough = 1e-4 if second.dtype == torch.float32 else 0.05
+            assert (second.float() @ directions).norm() < rough * second.float().norm()
+    assert not spanned(targets, [], known)
 
 
 def test_undo_and_redo_give_the_same_bits(make):
@@ -104,7 +126,7 @@ def test_an_earlier_edit_is_undone_where_later_ones_hold(make):
 
 
 def test_an_earlier_edit_is_not_undone_where_a_later_one_needs_it(make):
-    editor = make(config=replace(CONFIG, target_recall=0.6))
+    editor = make(config=replace(CONFIG, rate=0.1))
     first = editor.forget(FACTS[8])
     # The rest of what the model remembers of the same fact, told in other words.
     again = editor.forget(replace(FACTS[8], id="again", sentences=FACTS[8].sentences[1:]))
@@ -151,7 +173,8 @@ def test_a_new_process_finds_the_same_weights_in_the_journal(make, tmp_path):
     assert same(weights(again), expected)
     assert [(e.id, e.after, e.fact) for e in again.edits] == [(e.id, e.after, e.fact) for e in editor.edits]
     again.redo()
-    assert [edit.id for edit in again.edits] == ["f6", "f7", "f8", "f9"]
+    statuses = [(edit.id, status) for edit, status in again.history]
+    assert statuses == [("f6", "committed"), ("f7", "active"), ("f8", "active"), ("f9", "active")]
     with pytest.raises(ValueError, match="committed"):
         again.undo(again.edits[0])
 

@@ -75,6 +75,7 @@ def test_compresses_to_a_rank_or_an_energy(edited):
 def test_is_the_same_read_back(edited, tmp_path):
     _, edit, _ = edited
     edit.save(tmp_path / "edit.safetensors")
+    assert (tmp_path / "edit.safetensors").read_bytes() == edit.to_bytes() == edit.to_bytes()
     for again in (Edit.load(tmp_path / "edit.safetensors"), Edit.from_bytes(edit.to_bytes())):
         assert {**vars(again), "factors": None} == {**vars(edit), "factors": None}
         assert again.factors.keys() == edit.factors.keys()
