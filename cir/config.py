@@ -129,21 +129,21 @@ class EditConfig:
         max_steps: steps at most. check_every: steps between looks at the fact.
         target_recall: share of the fact's recall at which it counts as forgotten.
         keep: share of the neighbours' mean recall that must stay. neighbours: facts watched at most.
-        budget: highest relative rise of the text loss. text_tokens: of the text, measured, evenly spread.
+        budget: highest relative rise of the text loss in one edit. text_tokens: of the text, measured, evenly spread.
         rank, energy: the change is kept as factors of the smallest rank that holds this share of its squared norm,
             and of this rank at most.
         rounding: of 16-bit weights, see :func:`cir_kernels.outer_update_`.
         max_length, skip_first: as in :class:`CIRConfig`.
     """
 
-    rate: float = 1.0
+    rate: float = 2.0
     max_steps: int = 40
     check_every: int = 2
     target_recall: float = 0.005
     keep: float = 0.98
     neighbours: int = 32
     budget: float = 0.001
-    text_tokens: int = 2048
+    text_tokens: int = 4096
     rank: int = 16
     energy: float = 0.999
     rounding: str = "stochastic"

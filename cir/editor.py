@@ -41,7 +41,7 @@ Update = tuple[Tokens, float]
 
 
 class EditError(RuntimeError):
-    """The fact could not be forgotten within the bounds; no weight was changed."""
+    """The fact could not be forgotten, not even partly, within the bounds; no weight was changed."""
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Editor:
 
         Raises:
             ValueError: if the fact has no sentence, is forgotten already, or was never known.
-            EditError: if not one step was within the bounds.
+            EditError: if not one step was within the bounds, or recall did not fall.
             OSError: if the journal cannot be written.
             In each case the model is as it was.
         """
@@ -263,9 +263,15 @@ class Editor:
             )
             self._write([*self._active(), edit])
             after, losses = self._state(fact, original)
-            if after.rise + after.rise_stderr <= config.budget:
+            if after.rise > config.budget:
+                updates, stopped = updates[: len(updates) // 2], "budget spent"
+            elif after.recall < before.recall:
                 return replace(edit, after=after), losses
-            updates, stopped = updates[: len(updates) // 2], "budget spent"
+            else:
+                raise EditError(
+                    f"fact {fact.id!r}: expected recall to fall from {before.recall:.3f}, got {after.recall:.3f}; "
+                    "nothing was changed"
+                )
         raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
 
     def _walk(self, fact: Fact, batch: Batch, before: State) -> tuple[list[Update], State, str]:

@@ -125,19 +125,30 @@ def test_an_earlier_edit_is_undone_where_later_ones_hold(make):
     assert same(weights(editor), both)
 
 
-def test_an_earlier_edit_is_not_undone_where_a_later_one_needs_it(make):
-    editor = make(config=replace(CONFIG, rate=0.1))
-    first = editor.forget(FACTS[8])
-    # The rest of what the model remembers of the same fact, told in other words.
-    again = editor.forget(replace(FACTS[8], id="again", sentences=FACTS[8].sentences[1:]))
+def test_an_earlier_edit_is_not_undone_where_a_later_one_needs_it(make, monkeypatch):
+    editor = make()
+    first, second = editor.forget(FACTS[8]), editor.forget(FACTS[9])
     before = weights(editor)
-    with pytest.raises(ValueError, match=r"edit 1 \('f8'\): expected later edits to hold .* undo edit 2 first"):
-        editor.undo(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(editor, "_recall", lambda fact: 0.9 if fact.id == "f9" else 0.0)
+        with pytest.raises(ValueError, match=r"edit 1 \('f8'\): expected later edits to hold .* undo edit 2 first"):
+            editor.undo(first)
     assert same(weights(editor), before)
-    assert editor.edits == (first, again)
-    editor.undo(again)
+    assert editor.edits == (first, second)
+    editor.undo(second)
     editor.undo(first)
     assert same(weights(editor), weights(make()))
+
+
+def test_an_edit_that_would_bring_a_fact_back_is_refused(make):
+    editor = make(config=replace(CONFIG, rate=0.1))
+    editor.forget(FACTS[8])
+    before = weights(editor)
+    # The same fact in other words: what there is left to break is mostly the edit.
+    again = replace(FACTS[8], id="again", sentences=FACTS[8].sentences[1:])
+    with pytest.raises(EditError, match=r"fact 'again': expected recall to fall from 0\.[23]"):
+        editor.forget(again)
+    assert same(weights(editor), before)
 
 
 def test_what_cannot_be_undone_or_redone_is_named(make):
@@ -237,7 +248,7 @@ def test_a_fact_that_takes_its_neighbours_along_is_refused(make, unchanged):
 def test_steps_that_the_text_cannot_bear_are_left_out(make, unchanged, monkeypatch):
     whole = make().forget(FACTS[8])
     editor = make(config=replace(CONFIG, budget=0.01))
-    rises = iter([(0.009, 0.002), (0.009, 0.0)])
+    rises = iter([(0.011, 0.0), (0.009, 0.0)])
     with monkeypatch.context() as patch:
         patch.setattr("cir.editor.loss_rise", lambda *a: next(rises))
         edit = editor.forget(FACTS[8])
