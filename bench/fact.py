@@ -1,7 +1,7 @@
 """One fact at a time on SmolLM2-135M: an Editor against gradient ascent, side by side in one process.
 
     python -m bench.fact [--facts F.jsonl --contrast C.jsonl] [--text T.txt] [--measured M.txt] [--single 6]
-                         [--edits 1 10 50] [--attack] [--out bench/results]
+                         [--edits 1 10 50] [--forms cir ascent] [--attack] [--out bench/results]
 
 Singly, each fact is forgotten from the original weights by each form in turn. Then the facts are edited one upon
 another, and after so many all are measured together. Kept is what the model recalls of facts that it was neither
@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from cir.facts import sentence_batches, windows
 from cir.sites import find_stack
 from cir.unlearning import builtin_text
 
+FORMS = ("cir", "ascent")
 ASCENT_STEPS = 40
 ASCENT_RATE = 1e-5
 
@@ -119,8 +121,7 @@ def share(now: dict[str, float], before: dict[str, float], ids: Any) -> float | 
     return sum(now[i] for i in ids) / sum(before[i] for i in ids) if ids else None
 
 
-def singly(bench: Bench, forms: Sequence[str], count: int, attack: bool) -> list[dict[str, Any]]:
-    rows = []
+def singly(bench: Bench, forms: Sequence[str], count: int, attack: bool) -> Iterator[dict[str, Any]]:
     for fact in bench.facts[:count]:
         for form in forms:
             Path("/proc/self/clear_refs").write_text("5")
@@ -135,29 +136,23 @@ def singly(bench: Bench, forms: Sequence[str], count: int, attack: bool) -> list
             if attack:
                 row["attacked_share"] = bench.attacked(fact)
             bench.undo_all()
-            rows.append(row)
-            show(row)
-    return rows
+            yield row
 
 
-def one_upon_another(bench: Bench, forms: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
-    rows = []
+def one_upon_another(bench: Bench, forms: Sequence[str], counts: Sequence[int]) -> Iterator[dict[str, Any]]:
     for form in forms:
         times: list[float] = []
         for number, fact in enumerate(bench.facts[: max(counts)], 1):
             times.append(bench.forget_with(form, fact))
-            if number not in counts:
-                continue
-            row = {"bench": "fact.sequence", "form": form, "edits": number, "seconds": statistics.median(times)}
-            row.update(slowest=max(times), **bench.measure(bench.facts[:number]))
-            rows.append(row)
-            show(row)
+            if number in counts:
+                row = {"bench": "fact.sequence", "form": form, "edits": number, "seconds": statistics.median(times)}
+                yield {**row, "slowest": max(times), **bench.measure(bench.facts[:number])}
         if form == "cir":
             while bench.editor.edits:
                 bench.editor.undo()
-            rows[-1]["undone_bit_for_bit"] = fingerprint(bench.targets) == bench.fingerprint
+            same = fingerprint(bench.targets) == bench.fingerprint
+            print(f"all undone: the weights are {'the same bits' if same else 'OTHERS'}")
         bench.undo_all()
-    return rows
 
 
 def show(row: dict[str, Any]) -> None:
@@ -177,6 +172,7 @@ def main() -> None:
     parser.add_argument("--contrast", nargs="+", default=[str(DATA / "demo_related.jsonl")])
     parser.add_argument("--text", help="for fitting and for the Editor's budget; default: the built-in text")
     parser.add_argument("--measured", help="text on which the loss is measured; default: --text")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--single", type=int, default=6, help="facts forgotten singly")
     parser.add_argument("--edits", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument("--attack", action="store_true", help="also fine-tune on the other facts after each")
@@ -184,10 +180,14 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments)
     print(f"subspaces fitted in {bench.fit_seconds:.0f} s")
-    forms = ("cir", "ascent")
     counts = sorted({min(count, len(bench.facts)) for count in arguments.edits})
-    rows = singly(bench, forms, arguments.single, arguments.attack) + one_upon_another(bench, forms, counts)
-    write_rows(arguments.out / "fact.jsonl", [{**row, "fit_seconds": bench.fit_seconds} for row in rows])
+    rows = chain(
+        singly(bench, arguments.forms, arguments.single, arguments.attack),
+        one_upon_another(bench, arguments.forms, counts),
+    )
+    for row in rows:
+        show(row)
+        write_rows(arguments.out / "fact.jsonl", [{**row, "fit_seconds": bench.fit_seconds}])
 
 
 if __name__ == "__main__":

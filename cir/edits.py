@@ -246,7 +246,7 @@ def spanned(targets: Sequence[Target], edits: Sequence[Factors], known: Subspace
     rows: dict[str, list[Tensor]] = defaultdict(list)
     for target in targets if edits else ():
         for factors in edits:
-            b, a = factors[target.name]
+            b, a = (part.to(target.linear.weight.device) for part in factors[target.name])
             rows[target.gradient.name].append(b)
             rows[target.activation.name].append(a)
     most = SPANNED * len(edits)
