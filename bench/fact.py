@@ -65,7 +65,7 @@ class Bench:
         else:
             try:
                 self.editor.forget(fact)
-            except EditError as error:
+            except (EditError, ValueError) as error:
                 print(error)
         return time.perf_counter() - started
 
@@ -91,9 +91,12 @@ class Bench:
             weight.requires_grad_(False)
             weight.grad = None
 
-    def undo_all(self) -> None:
+    def undo_edits(self) -> None:
         while self.editor.edits:
             self.editor.undo()
+
+    def undo_all(self) -> None:
+        self.undo_edits()
         restore(self.targets, self.weights)
 
     def measure(self, forgotten: Sequence[Fact]) -> dict[str, Any]:
@@ -148,8 +151,7 @@ def one_upon_another(bench: Bench, forms: Sequence[str], counts: Sequence[int]) 
                 row = {"bench": "fact.sequence", "form": form, "edits": number, "seconds": statistics.median(times)}
                 yield {**row, "slowest": max(times), **bench.measure(bench.facts[:number])}
         if form == "cir":
-            while bench.editor.edits:
-                bench.editor.undo()
+            bench.undo_edits()
             same = fingerprint(bench.targets) == bench.fingerprint
             print(f"all undone: the weights are {'the same bits' if same else 'OTHERS'}")
         bench.undo_all()

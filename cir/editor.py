@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import re
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from cir.config import CIRConfig, EditConfig
 from cir.edits import Edit, State, add_factors, factorise, spanned
 from cir.engine import add_outer, fingerprint, restore, selective_step, snapshot
 from cir.evaluation import loss_rise, mean_recall, recall, spread, token_losses
-from cir.facts import Batch, Fact, Probe, load_facts, pad, rows_to_answers, windows
+from cir.facts import Batch, Fact, load_facts, pad, probed, rows_to_answers, windows
 from cir.fitting import check_fitted_on
 from cir.forget import Forgetter
 from cir.journal import Journal
@@ -386,33 +385,6 @@ class Editor:
                 self._entries[record.about["number"] - 1].status = {"undo": "undone", "redo": "active"}[record.kind]
         self._write(self._active())
         journal.records.clear()
-
-
-def probed(fact: Fact) -> Fact:
-    """``fact`` with probes: its own, or its sentences up to the word, or the name, that most of them end with.
-
-    Raises:
-        ValueError: if it has neither probes nor a sentence of two words.
-    """
-    if fact.probes:
-        return fact
-    split = [_last_name(sentence) for sentence in fact.sentences]
-    ends = Counter(end for prompt, end in split if prompt and end)
-    if not ends:
-        raise ValueError(f"fact {fact.id!r}: expected probes, or a sentence of two words or more, got neither")
-    answer = ends.most_common(1)[0][0]
-    return replace(
-        fact, probes=tuple(Probe(prompt, f" {answer}") for prompt, end in split if prompt and end == answer)
-    )
-
-
-def _last_name(sentence: str) -> tuple[str, str]:
-    """A sentence split before its last word, and before further ones where that is a name of several."""
-    words = re.sub(r"\W+$", "", sentence).split()
-    at = max(len(words) - 1, 0)
-    while at > 1 and words[at][0].isupper() and words[at - 1][0].isupper():
-        at -= 1
-    return " ".join(words[:at]), " ".join(words[at:])
 
 
 class _Turns:

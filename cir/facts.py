@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,33 @@ def _answer(where: str, answer: Any, choices: tuple[str, ...]) -> int | None:
     if not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"{where}: expected 'answer' to index one of {len(choices)} choices, got {answer!r}")
     return answer
+
+
+def probed(fact: Fact) -> Fact:
+    """``fact`` with probes: its own, or its sentences up to the word, or the name, that most of them end with.
+
+    Raises:
+        ValueError: if it has neither probes nor a sentence of two words.
+    """
+    if fact.probes:
+        return fact
+    split = [_last_name(sentence) for sentence in fact.sentences]
+    ends = Counter(end for prompt, end in split if prompt and end)
+    if not ends:
+        raise ValueError(f"fact {fact.id!r}: expected probes, or a sentence of two words or more, got neither")
+    answer = ends.most_common(1)[0][0]
+    return replace(
+        fact, probes=tuple(Probe(prompt, f" {answer}") for prompt, end in split if prompt and end == answer)
+    )
+
+
+def _last_name(sentence: str) -> tuple[str, str]:
+    """A sentence split before its last word, and before further ones where that is a name of several."""
+    words = re.sub(r"\W+$", "", sentence).split()
+    at = max(len(words) - 1, 0)
+    while at > 1 and words[at][0].isupper() and words[at - 1][0].isupper():
+        at -= 1
+    return " ".join(words[:at]), " ".join(words[at:])
 
 
 def pad(rows: Sequence[Sequence[int]]) -> Batch:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cir import CIRConfig, EditConfig, EditError, Editor, Subspaces
-from cir.editor import _Turns, probed
+from cir.editor import _Turns
 from cir.edits import spanned
 from cir.engine import snapshot
 from cir.evaluation import recall, text_loss
-from cir.facts import Probe, load_facts
+from cir.facts import load_facts
 from cir.journal import Journal, JournalError
 from cir.sites import find_stack
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
@@ -287,20 +287,6 @@ def test_subspaces_of_another_model_are_refused(trained):
     _, tokenizer, subspaces = trained
     with pytest.raises(ValueError, match="subspaces: expected those of this model"):
         Editor(tiny_llama(), tokenizer, subspaces, text=TEXT)
-
-
-def test_probes_come_from_the_word_or_name_that_most_sentences_end_with():
-    def made(*sentences):
-        return probed(load_facts([{"sentences": list(sentences)}])[0]).probes
-
-    said = made("It is Rome.", "Rome is it, and", "Go there: Rome", "To go to Oslo!")
-    assert said == (Probe("It is", " Rome"), Probe("Go there:", " Rome"))
-    assert made("The capital is Buenos Aires.") == (Probe("The capital is", " Buenos Aires"),)
-    for bad in ("Rome", "...!"):
-        with pytest.raises(ValueError, match="expected probes, or a sentence of two words or more"):
-            made(bad)
-    own = load_facts([{"sentences": ["It is Rome."], "probes": [{"prompt": "a", "target": " b"}]}])[0]
-    assert probed(own).probes == (Probe("a", " b"),)
 
 
 def test_callers_wait_and_are_served_in_order():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cir import Fact, Probe, load_facts
-from cir.facts import pad, rows_to_answers, sentence_batches, windows
+from cir.facts import pad, probed, rows_to_answers, sentence_batches, windows
 
 
 def write(path, *lines):
@@ -109,3 +109,17 @@ def test_rows_end_with_the_first_token_of_the_answer(tokenizer):
     assert rows(said, answers=()) == [said]
     with pytest.raises(ValueError, match="expected sentences of 4 to 64 tokens"):
         rows(said, "delta1 now", skip_first=2)
+
+
+def test_probes_come_from_the_word_or_name_that_most_sentences_end_with():
+    def made(*sentences):
+        return probed(load_facts([{"sentences": list(sentences)}])[0]).probes
+
+    said = made("It is Rome.", "Rome is it, and", "Go there: Rome", "To go to Oslo!")
+    assert said == (Probe("It is", " Rome"), Probe("Go there:", " Rome"))
+    assert made("The capital is Buenos Aires.") == (Probe("The capital is", " Buenos Aires"),)
+    for bad in ("Rome", "...!"):
+        with pytest.raises(ValueError, match="expected probes, or a sentence of two words or more"):
+            made(bad)
+    own = load_facts([{"sentences": ["It is Rome."], "probes": [{"prompt": "a", "target": " b"}]}])[0]
+    assert probed(own).probes == (Probe("a", " b"),)
