@@ -60,7 +60,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "twice k": {"rank_activation": 24, "rank_gradient": 48},
     "loss layers 3..9 of 32": {"loss_layers": (3 / 32, 9 / 32)},
     "loss layers 12..18 of 32": {"loss_layers": (12 / 32, 18 / 32)},
-    "retain step": {"retain_rate": 0.03},
+    "no retain step": {"retain_rate": 0.0},
+    "loss layers updated too": {"update_loss_layers": True},
 }
 MAX_EPOCHS = 4
 HALVINGS = 3

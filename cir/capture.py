@@ -5,7 +5,7 @@ This is the only file that touches autograd. All that is done to the model is un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -161,8 +161,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def capture(model: nn.Module, stack: Stack, last_layer: int) -> Iterator[Capture]:
-    """Tap the MLP linears of layers 0..last_layer of ``model`` for the duration of the context.
+def capture(
+    model: nn.Module, stack: Stack, last_layer: int, targets: Sequence[Target] | None = None
+) -> Iterator[Capture]:
+    """Tap ``targets``, by default all MLP linears of the layers 0..last_layer, for the duration of the context.
 
     Within it the model is in eval mode and no parameter requires gradient; full forwards still work. On exit,
     by exception too, forwards, hooks, ``requires_grad`` and train modes are as they were.
@@ -173,7 +175,7 @@ def capture(model: nn.Module, stack: Stack, last_layer: int) -> Iterator[Capture
     tape = Capture(stack, last_layer)
     with ExitStack() as undo:
         undo.enter_context(frozen(model))
-        for target in stack.targets(last_layer):
+        for target in stack.targets(last_layer) if targets is None else targets:
             attributes = target.linear.__dict__
             before = attributes.get("forward")
             if getattr(before, "__module__", None) == __name__:

@@ -21,7 +21,8 @@ class CIRConfig:
 
     Attributes:
         loss_layers: first and one past the last layer whose MLP output is broken; fractions of the depth
-            where both are floats, layer numbers where both are ints. All layers below are updated too.
+            where both are floats, layer numbers where both are ints. All layers below are updated.
+        update_loss_layers: update these too, as the paper does.
         mode: collapse, ``orthogonal``, ``sequential`` (the paper's) or ``soft`` (RepSelect's).
         statistics: whose components are common: those of the facts' ``tokens``, or of their ``weight_gradients``.
         rank_activation, rank_gradient: directions collapsed at each kind of site, the mean included; 0 for none.
@@ -47,6 +48,7 @@ class CIRConfig:
     """
 
     loss_layers: LayerRange = (6 / 32, 12 / 32)
+    update_loss_layers: bool = False
     mode: str = "orthogonal"
     statistics: str = "tokens"
     rank_activation: float = 12
@@ -54,7 +56,7 @@ class CIRConfig:
     rank_background: float = 0.5
     exact: bool = False
     rate: float = 3.0
-    retain_rate: float = 0.0
+    retain_rate: float = 0.03
     to_answers: bool = True
     word_dropout: float = 0.4
     batch_size: int = 32
@@ -112,6 +114,7 @@ class CIRConfig:
     def paper(cls) -> CIRConfig:
         """The authors' configuration for Llama-3.1-8B."""
         return cls(
+            update_loss_layers=True,
             mode="sequential",
             rank_activation=24,
             rank_gradient=36,
@@ -131,11 +134,13 @@ class CIRConfig:
         of each weight gradient, from both sides, scaled by lambda_min / lambda_i.
         """
         return cls(
+            update_loss_layers=True,
             mode="soft",
             statistics="weight_gradients",
             rank_activation=24,
             rank_gradient=36,
             rank_background=0,
+            retain_rate=0.0,
             forgotten=0.0,
             to_answers=False,
             word_dropout=0.0,
@@ -154,6 +159,16 @@ class CIRConfig:
         if not 0 <= first < stop <= depth:
             raise ValueError(f"loss_layers: expected a range within 0..{depth}, got {first}..{stop}")
         return range(int(first), int(stop))
+
+    def last_updated(self, depth: int) -> int:
+        """The last layer whose weights change; the first is 0.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        layers = self.layers(depth)
+        _require(self.update_loss_layers or layers[0] > 0, "update_loss_layers", "True where none is below", False)
+        return layers[-1] if self.update_loss_layers else layers[0] - 1
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,14 @@ def restore(targets: Sequence[Target], weights: Sequence[Tensor]) -> None:
         target.linear.weight.copy_(weight)
 
 
+@torch.no_grad()
+def interpolate(targets: Sequence[Target], weights: Sequence[Tensor], share: float) -> None:
+    """Leave ``share`` of the way from ``weights``, taken by :func:`snapshot`, to those that are in place."""
+    for target, weight in zip(targets, weights, strict=True):
+        now = target.linear.weight
+        now.lerp_(weight.to(now.device), 1 - share)
+
+
 def fingerprint(targets: Sequence[Target]) -> str:
     """SHA-256 over the names, types, shapes and bits of the target weights."""
     return fingerprint_of((target.name, target.linear.weight.detach()) for target in targets)

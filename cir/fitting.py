@@ -18,7 +18,7 @@ from cir.sites import find_stack, sites_of
 from cir.subspace import Subspaces
 from cir.unlearning import benign_batches, fact_batches
 
-CONFIG = CIRConfig(rank_background=256, rank_activation=192, rank_gradient=192, to_answers=False, word_dropout=0.0)
+CONFIG = CIRConfig(rank_background=256, rank_activation=192, rank_gradient=192)
 """More directions than a run over many facts collapses: what contrast facts share is all that keeps them apart."""
 
 
@@ -61,9 +61,9 @@ def fit(
     own = fingerprint(targets)
     if known is not None and known.fitted_on.get("fingerprint") != own:
         raise ValueError(f"known: expected subspaces of this model, {own[:12]}, got {_of(known)}")
-    # Of contrast facts all that is said must stay, the answers too.
-    whole = replace(config, to_answers=False, word_dropout=0.0)
-    batches = fact_batches(tokenizer, facts, whole, model.device)
+    # Of contrast facts all that is said must stay, the answers too; there is no step to retain after.
+    config = replace(config, to_answers=False, word_dropout=0.0, retain_rate=0.0)
+    batches = fact_batches(tokenizer, facts, config, model.device)
     background = [] if texts is None else benign_batches(tokenizer, texts, config, model.device)
     if not background:
         config = replace(config, rank_background=0)

@@ -47,7 +47,10 @@ class Measure:
 
 @dataclass
 class Epoch:
-    """One update epoch. ``kept``: inside the budget and the best so far; others were undone or surpassed."""
+    """One update epoch, or the share of one that the budget allowed, with that share of its ``rate``.
+
+    ``kept``: inside the budget and the best so far; others were undone or surpassed.
+    """
 
     number: int
     rate: float

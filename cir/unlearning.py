@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from cir.capture import capture
 from cir.config import CIRConfig
-from cir.engine import NonFiniteError, restore, snapshot
+from cir.engine import NonFiniteError, interpolate, restore, snapshot
 from cir.evaluation import loss_rise, recall, spread, token_losses, unknown_facts
 from cir.facts import Batch, Fact, leaking, load_facts, pad, rows_to_answers, sentence_rows, windows
-from cir.forget import Forgetter
+from cir.forget import EpochLosses, Forgetter
 from cir.report import Clock, Epoch, Measure, Report, hash_facts, library_versions, peak_memory
-from cir.sites import find_stack, sites_of
+from cir.sites import Target, find_stack, sites_of
 from cir.subspace import Subspaces
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 1 / 3
 """Share of the retain text, at its end, kept for the budget where no disruption text is given."""
 DISRUPTION_WINDOW = 256
-SMALLEST_RATE = 1 / 4
-"""A rate below this share of the first one ends the run: what is left of the budget is not worth an epoch."""
+RETREATS = 2
+"""States tried, at most, on the line back from an epoch that overstepped the budget."""
 
 
 def unlearn(
@@ -78,7 +78,7 @@ def unlearn(
         )
     stack = find_stack(model)
     layers = config.layers(len(stack.mlps))
-    targets = stack.targets(layers[-1])
+    targets = stack.targets(config.last_updated(len(stack.mlps)))
     config.check_ranks(sites_of(targets))
     batches = fact_batches(tokenizer, facts, config, model.device)
     retain_batches, disruption_rows = text_batches(tokenizer, retain, disruption, config, model.device)
@@ -89,7 +89,7 @@ def unlearn(
 
     with (
         stop_on_signals() as stop,
-        capture(model, stack, layers[-1]) as tape,
+        capture(model, stack, layers[-1], targets) as tape,
         tqdm(total=steps, disable=not progress, unit="step") as bar,
     ):
         with clock.phase("measure"):
@@ -99,42 +99,36 @@ def unlearn(
         if unknown:
             logger.warning("%d facts are not known to begin with: %s", len(unknown), ", ".join(unknown[:5]))
         report = Report(config, hash_facts(facts), before, before, unknown=unknown, versions=library_versions())
-        best = snapshot(targets)
+        best = _Best(targets, meter, report)
         try:
             with clock.phase("fit"):
                 forgetter = Forgetter(tape, targets, layers, batches, retain_batches, config, subspaces)
                 forgetter.fit(bar.update, stop)
-            rate, report.stopped = config.rate, "all epochs done"
+            report.stopped = "all epochs done"
             for number in range(1, config.max_epochs + 1):
                 with clock.phase("epochs"):
-                    losses = forgetter.epoch(rate, bar.update, stop)
+                    losses = forgetter.epoch(config.rate, bar.update, stop)
                 if stop.is_set():
                     report.stopped = "interrupted"
                     break
                 with clock.phase("measure"):
-                    now = meter.measure()
-                within = now.rise_bound <= config.budget
-                kept = within and _better(now, report.after)
-                report.epochs.append(Epoch(number, rate, losses.breaking, losses.retain, now, kept))
-                bar.set_postfix_str(_summary(now))
-                if kept:
-                    report.after, best = now, snapshot(targets)
-                    if _reached(now, config.target_recall):
-                        report.stopped = "target recall reached"
-                        break
-                    done = _forgotten(before, now, config.forgotten)
-                    if len(done) == len(facts):
-                        report.stopped = "all facts forgotten"
-                        break
+                    inside = best.consider(number, losses)
+                    if not inside:
+                        best.retreat(number, losses)
+                bar.set_postfix_str(_summary(report.epochs[-1].measure))
+                done = _forgotten(before, report.after, config.forgotten)
+                if _reached(report.after, config.target_recall):
+                    report.stopped = "target recall reached"
+                elif not inside:
+                    report.stopped = "budget spent"
+                elif len(done) == len(facts):
+                    report.stopped = "all facts forgotten"
+                else:
                     forgetter.leave_out(done)
-                if not within:
-                    restore(targets, best)
-                    rate *= _backoff(report.after, now, config.budget)
-                    if rate < config.rate * SMALLEST_RATE:
-                        report.stopped = "budget spent"
-                        break
+                    continue
+                break
         finally:
-            restore(targets, best)
+            restore(targets, best.weights)
     report.seconds = {**clock.seconds, "total": time.perf_counter() - started}
     report.peak_memory = peak_memory(model.device)
     return report
@@ -193,6 +187,34 @@ class Meter:
         return Measure(recalls, float(losses.mean()), rise, stderr)
 
 
+class _Best:
+    """The best state so far inside the budget: its ``weights``, and its measure in the report's ``after``."""
+
+    def __init__(self, targets: Sequence[Target], meter: Meter, report: Report) -> None:
+        self._targets, self._meter, self._report = targets, meter, report
+        self.weights = snapshot(targets)
+
+    def consider(self, number: int, losses: EpochLosses, share: float = 1.0) -> bool:
+        """Measure the model after ``share`` of an epoch's change, and report it; whether it is inside the budget."""
+        now, config = self._meter.measure(), self._report.config
+        inside = now.rise_bound <= config.budget
+        kept = inside and _better(now, self._report.after)
+        self._report.epochs.append(Epoch(number, share * config.rate, losses.breaking, losses.retain, now, kept))
+        if kept:
+            self.weights, self._report.after = snapshot(self._targets), now
+        return inside
+
+    def retreat(self, number: int, losses: EpochLosses) -> None:
+        """Back from an epoch that overstepped the budget, on the line to the best state, until inside."""
+        before, weights, share = self._report.after, self.weights, 1.0
+        for _ in range(RETREATS):
+            part = _share_inside(before, self._report.epochs[-1].measure, self._report.config.budget)
+            share *= part
+            interpolate(self._targets, weights, part)
+            if self.consider(number, losses, share):
+                return
+
+
 def _better(now: Measure, best: Measure) -> bool:
     """Without probes, later is better."""
     return now.mean_recall is None or best.mean_recall is None or now.mean_recall < best.mean_recall
@@ -207,10 +229,10 @@ def _reached(measure: Measure, target: float | None) -> bool:
     return target is not None and measure.mean_recall is not None and measure.mean_recall <= target
 
 
-def _backoff(best: Measure, over: Measure, budget: float) -> float:
-    """Factor for a rate whose epoch led from ``best`` to ``over``: aims just below the budget, linearly."""
+def _share_inside(best: Measure, over: Measure, budget: float) -> float:
+    """The share of the way from ``best`` to ``over`` that should end just inside the budget: the rise is convex."""
     room, spent = budget - best.rise_bound, over.rise_bound - best.rise_bound
-    return min(0.7, max(0.0, 0.9 * room / spent))
+    return 0.9 * max(0.0, room) / spent
 
 
 def _summary(measure: Measure) -> str:

@@ -13,7 +13,7 @@ import cir
 from cir import unlearning
 from cir.capture import capture
 from cir.config import CIRConfig
-from cir.engine import NonFiniteError, snapshot
+from cir.engine import NonFiniteError, restore, snapshot
 from cir.evaluation import text_loss
 from cir.facts import load_facts, windows
 from cir.forget import Forgetter
@@ -365,8 +365,47 @@ def test_layer_fractions_are_those_of_the_paper():
     assert CIRConfig.paper().rank_gradient == 36
 
 
-def test_the_backoff_aims_inside_the_budget():
+def test_the_way_back_aims_inside_the_budget():
     best, over = Measure({}, 1.0, 0.001), Measure({}, 1.0, 0.005)
-    factor = unlearning._backoff(best, over, budget=0.003)
-    assert 0.4 < factor < 0.5
-    assert unlearning._backoff(over, Measure({}, 1.0, 0.0051), budget=0.0051) <= 0.7
+    assert 0.4 < unlearning._share_inside(best, over, budget=0.003) < 0.5
+    assert unlearning._share_inside(over, Measure({}, 1.0, 0.006), budget=0.005) == 0
+
+
+def test_an_epoch_that_oversteps_is_taken_back_in_part(model, tokenizer):
+    text = "gamma of now then1 some3 " * 200
+    teach(model, tokenizer, text)
+    targets = find_stack(model).targets(0)
+    before = snapshot(targets)
+
+    def forget(budget: float):
+        sentences = [s for fact in facts() for s in fact["sentences"]]
+        config = change(rate=1.0, budget=budget)
+        return cir.unlearn(model, tokenizer, sentences, retain=TEXT, disruption=text, config=config, progress=False)
+
+    first = forget(9.0).epochs[0].measure.rise_bound
+    restore(targets, before)
+    report = forget(first / 2)
+    whole, *parts = report.epochs
+    assert parts
+    assert all(0 < epoch.rate < whole.rate for epoch in parts)
+    assert [epoch.number for epoch in report.epochs] == [1] * len(report.epochs)
+    assert first / 8 < report.after.rise_bound <= first / 2
+    assert report.stopped == "budget spent"
+
+
+def test_without_layers_below_the_loss_layers_they_are_updated_themselves_or_nothing_is(model, tokenizer):
+    with pytest.raises(ValueError, match="update_loss_layers: expected True where none is below"):
+        run(model, tokenizer, config=change(loss_layers=(0, 2)))
+    run(model, tokenizer, config=change(loss_layers=(0, 2), update_loss_layers=True, max_epochs=1))
+
+
+def test_only_layers_below_the_loss_layers_change_unless_these_are_asked_for(model, tokenizer):
+    for also, last in ((False, 0), (True, 2)):
+        targets = find_stack(model).targets(3)
+        before = snapshot(targets)
+        run(model, tokenizer, config=change(update_loss_layers=also, max_epochs=1))
+        changed = {
+            t.name.split(".")[2] for t, w in zip(targets, before, strict=True) if not torch.equal(t.linear.weight, w)
+        }
+        assert changed == {str(layer) for layer in range(last + 1)}
+        restore(targets, before)
