@@ -19,7 +19,12 @@ class NonFiniteError(ArithmeticError):
 
 
 def selective_step(
-    targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float, rounding: str = "nearest", seed: int = 0
+    targets: Sequence[Target],
+    tokens: Mapping[str, Tensor],
+    rate: float,
+    rounding: str = "nearest",
+    seed: int = 0,
+    loss: Tensor | None = None,
 ) -> float:
     """W <- W - rate * dW / ||dW||, with dW = G'^T A' and the norm of all targets together.
 
@@ -28,6 +33,7 @@ def selective_step(
         tokens: collapsed rows A' (T, D_in) and G' (T, D_out) at each of their sites.
         rate: r, the Frobenius norm of the whole change.
         rounding, seed: of 16-bit weights, see :func:`cir_kernels.outer_update_`.
+        loss: a scalar that has to be finite too. It and the norm reach the host together, the step's only wait.
 
     Returns:
         ||dW|| before scaling. Where it is 0 nothing is changed.
@@ -35,24 +41,38 @@ def selective_step(
     Raises:
         NonFiniteError: before any weight is changed.
     """
-    norm = math.sqrt(outer_norm_sq(_groups(targets, tokens)))
-    if not math.isfinite(norm):
-        raise NonFiniteError(f"expected a finite update, got norm {norm}; no weight was changed")
+    norm_sq = outer_norm_sq(_groups(targets, tokens))
+    value, squared = _on_host(loss, norm_sq)
+    if not math.isfinite(value + squared):
+        raise NonFiniteError(
+            f"expected a finite loss and update, got loss {value} and norm {squared**0.5}; no weight was changed"
+        )
+    norm = math.sqrt(squared)
     if norm > 0:
         add_outer(targets, tokens, -rate / norm, rounding, seed)
     return norm
 
 
-def plain_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float) -> None:
+def plain_step(
+    targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float, loss: Tensor | None = None
+) -> None:
     """W <- W - rate * G^T A: plain SGD with the ordinary weight gradient, which is never stored.
 
     Raises:
         NonFiniteError: before any weight is changed.
     """
-    for name, rows in tokens.items():
-        if not torch.isfinite(rows).all():
-            raise NonFiniteError(f"expected finite rows at {name}; no weight was changed")
+    # A sum is finite only where its terms are.
+    total = sum(rows.sum(dtype=torch.float64).to(targets[0].linear.weight.device) for rows in tokens.values())
+    value, summed = _on_host(loss, torch.as_tensor(total))
+    if not math.isfinite(value + summed):
+        raise NonFiniteError(f"expected a finite loss and finite rows, got loss {value}; no weight was changed")
     add_outer(targets, tokens, -rate)
+
+
+def _on_host(loss: Tensor | None, value: Tensor) -> list[float]:
+    """``loss`` (0 where there is none) and ``value``, in one transfer."""
+    first = torch.zeros_like(value) if loss is None else loss.detach().to(value)
+    return torch.stack([first, value]).tolist()
 
 
 def snapshot(targets: Sequence[Target]) -> list[Tensor]:

@@ -68,6 +68,11 @@ class Batch:
         rest = Batch(self.input_ids[kept], self.attention_mask[kept], left)
         return rest, kept.repeat_interleave(self.attention_mask.sum(1))
 
+    def split(self, rows: int) -> list[Batch]:
+        """In batches of so many rows."""
+        pieces = zip(self.input_ids.split(rows), self.attention_mask.split(rows), strict=True)
+        return [Batch(ids, mask, self.owners[i * rows : (i + 1) * rows]) for i, (ids, mask) in enumerate(pieces)]
+
     @cached_property
     def position_ids(self) -> Tensor:
         """(N,) the place of each real token in its row."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cir.capture import Capture, Tokens
+from cir.capture import Capture, Hidden, Tokens
 from cir.config import CIRConfig
-from cir.engine import NonFiniteError, plain_step, selective_step
+from cir.engine import plain_step, selective_step
 from cir.facts import Batch
 from cir.objectives import OriginalOutput, hidden_retain, mlp_breaking, original_output
 from cir.sites import Target, sites_of
 from cir.subspace import Subspaces, SubspaceStream
+
+logger = logging.getLogger(__name__)
+
+Originals = dict[int, OriginalOutput]
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,44 @@ class EpochLosses:
 
     breaking: float
     retain: float | None
+
+
+class _Step:
+    """Sentences, and what the model said of them before any update: at each of some layers, of the counted tokens.
+
+    ``share``: of the rate, that the step takes.
+    """
+
+    def __init__(self, batch: Batch, original: Originals, skip_first: int, share: float = 1.0) -> None:
+        self.batch, self.original, self.share, self._skip = batch, original, share, skip_first
+        # As places, found once: a mask would make the host wait for the device wherever it is used.
+        self.counted, self.predicting = (
+            mask.nonzero().squeeze(1) for mask in (batch.counted(skip_first), batch.predicting(skip_first))
+        )
+        self._parts: dict[int, list[_Step]] = {}
+
+    def parts(self, sentences: int) -> list[_Step]:
+        """The same in pieces of so many sentences."""
+        if sentences >= len(self.batch.input_ids):
+            return [self]
+        if sentences not in self._parts:
+            batches = self.batch.split(sentences)
+            counts = [int(batch.counted(self._skip).sum()) for batch in batches]
+            rows = {layer: original.rows.split(counts) for layer, original in self.original.items()}
+            self._parts[sentences] = [
+                _Step(batch, {n: replace(o, rows=rows[n][i]) for n, o in self.original.items()}, self._skip)
+                for i, batch in enumerate(batches)
+            ]
+        return self._parts[sentences]
+
+    def without(self, facts: Container[str]) -> _Step | None:
+        """What is left without the sentences of ``facts``, if anything."""
+        rest, tokens = self.batch.without(facts)
+        if not rest.owners:
+            return None
+        original = {layer: output.only(tokens[self.counted]) for layer, output in self.original.items()}
+        # What sentences change is nearly orthogonal: those that stay keep their part of the norm.
+        return _Step(rest, original, self._skip, (len(rest.owners) / len(self.batch.owners)) ** 0.5)
 
 
 class Forgetter:
@@ -57,10 +100,11 @@ class Forgetter:
         self._stream = _stream(targets, config) if subspaces is None else None
         # What is collapsed after the background, which the tokens of every batch lose first.
         self._common = Subspaces({}, config.mode) if subspaces is None else subspaces
-        self._all = [(batch, self._original_outputs(batch), 1.0) for batch in batches]
+        self._at_once = max((len(batch.input_ids) for batch in (*batches, *retain)), default=1)
+        self._all = [self._recorded(batch, self._mlp_outputs) for batch in batches]
         self._steps = self._all
-        self._retain_originals = [self._original_hidden(batch) for batch in retain] if config.retain_rate else []
-        self._retain_steps = 0
+        self._retain_steps = [self._recorded(batch, self._hidden) for batch in retain if config.retain_rate]
+        self._retained = 0
 
     @property
     def subspaces(self) -> Subspaces:
@@ -81,15 +125,7 @@ class Forgetter:
 
     def leave_out(self, facts: Container[str]) -> None:
         """Step along the sentences of all facts but these from now on. Bases stay those that all were fitted on."""
-        skip = self._config.skip_first
-        self._steps = []
-        for batch, original, _ in self._all:
-            rest, tokens = batch.without(facts)
-            if rest.owners:
-                tokens = tokens[batch.counted(skip)]
-                outputs = {layer: output.only(tokens) for layer, output in original.items()}
-                # What sentences change is nearly orthogonal: those that stay keep their part of the norm.
-                self._steps.append((rest, outputs, (len(rest.owners) / len(batch.owners)) ** 0.5))
+        self._steps = [rest for step in self._all if (rest := step.without(facts))]
 
     def epoch(
         self, rate: float, on_step: Callable[[], object] = lambda: None, stop: threading.Event | None = None
@@ -102,45 +138,74 @@ class Forgetter:
             NonFiniteError: before the step that met a NaN or infinity changes any weight.
         """
         breaking, retain = [], []
-        for i, (_, _, share) in enumerate(self._steps):
+        for i, step in enumerate(self._steps):
             if stop is not None and stop.is_set():
                 break
             loss, tokens = self.forget_tokens(i)
-            self._observe(tokens)
-            selective_step(self._targets, self._common.collapse_(tokens), share * rate)
+            selective_step(self._targets, self._observed_and_collapsed(tokens), step.share * rate, loss=loss)
             breaking.append(loss)
-            if self._retain_originals:
+            if self._retain_steps:
                 retain.append(self._retain_step())
             on_step()
         else:
             self._solve()
         return EpochLosses(_mean(breaking) or 0.0, _mean(retain))
 
-    def forget_tokens(self, i: int) -> tuple[float, Tokens]:
-        """MLP breaking loss of the batch of step ``i``, and its rows at every site, the background collapsed.
+    def forget_tokens(self, i: int) -> tuple[Tensor, Tokens]:
+        """MLP breaking loss (a scalar) of step ``i``, and its rows at every site, the background collapsed."""
 
-        Raises:
-            NonFiniteError: on a NaN or infinite loss.
-        """
-        skip, (batch, original, _) = self._config.skip_first, self._steps[i]
-        hidden = self._tape.forward(batch, batch.predicting(skip))
-        loss = mlp_breaking(hidden.mlp_outputs(self._loss_layers), original, batch.counted(skip))
-        return _finite(loss), self._background.collapse_(self._tape.backward(loss, hidden))
+        def breaking(part: _Step) -> tuple[Tensor, Hidden]:
+            hidden = self._tape.forward(part.batch, part.predicting)
+            return mlp_breaking(hidden.mlp_outputs(self._loss_layers), part.original, part.counted), hidden
 
-    def _retain_step(self) -> float:
-        i = self._retain_steps % len(self._retain)
-        self._retain_steps += 1
-        batch, mask = self._retain[i], self._retain[i].counted(self._config.skip_first)
-        hidden = self._tape.forward(batch, mask)
-        loss = hidden_retain(hidden.real(hidden.last), self._retain_originals[i], mask)
-        value = _finite(loss)
-        plain_step(self._targets, self._tape.backward(loss, hidden), self._config.retain_rate)
-        return value
+        loss, tokens = self._in_parts(self._steps[i], breaking)
+        return loss, self._background.collapse_(tokens)
+
+    def _retain_step(self) -> Tensor:
+        def distance(part: _Step) -> tuple[Tensor, Hidden]:
+            hidden = self._tape.forward(part.batch, part.counted)
+            (original,) = part.original.values()
+            return hidden_retain(hidden.real(hidden.last), original, part.counted), hidden
+
+        loss, tokens = self._in_parts(self._retain_steps[self._retained % len(self._retain_steps)], distance)
+        self._retained += 1
+        plain_step(self._targets, tokens, self._config.retain_rate, loss=loss)
+        return loss
+
+    def _in_parts(self, step: _Step, run: Callable[[_Step], tuple[Tensor, Hidden]]) -> tuple[Tensor, Tokens]:
+        """Loss and rows of a step, from as many sentences at once as memory takes: those of all of them together."""
+        while True:
+            parts = step.parts(self._at_once)
+            try:
+                passes = [self._pass(part, run, len(part.counted) / len(step.counted)) for part in parts]
+                losses, rows = zip(*passes, strict=True)
+                tokens = rows[0] if len(rows) == 1 else {n: torch.cat([each[n] for each in rows]) for n in rows[0]}
+                return torch.stack(losses).sum(), tokens
+            except torch.OutOfMemoryError:
+                largest = max(len(part.batch.input_ids) for part in parts)
+                if largest == 1:
+                    raise
+            # Out of the handler, whose exception held what the pass had on the device.
+            self._at_once = largest // 2
+            logger.warning("out of memory: going on with %d sentences at once", self._at_once)
+
+    def _pass(
+        self, part: _Step, run: Callable[[_Step], tuple[Tensor, Hidden]], share: float
+    ) -> tuple[Tensor, Tokens]:
+        loss, hidden = run(part)
+        tokens = self._tape.backward(loss * share, hidden)
+        return loss.detach() * share, tokens
 
     def _observe(self, tokens: Tokens) -> None:
         if self._stream is not None and self._whole:
             of_tokens = self._config.statistics == "tokens"
             self._stream.observe(tokens if of_tokens else weight_gradient_rows(self._targets, tokens))
+
+    def _observed_and_collapsed(self, tokens: Tokens) -> Tokens:
+        if self._stream is not None and self._whole and self._config.statistics == "tokens":
+            return self._stream.observe_and_collapse_(tokens, self._common)
+        self._observe(tokens)
+        return self._common.collapse_(tokens)
 
     def _solve(self) -> None:
         if self._stream is not None and self._all and self._whole:
@@ -148,19 +213,20 @@ class Forgetter:
 
     @property
     def _whole(self) -> bool:
-        return len(self._steps) == len(self._all) and all(share == 1 for _, _, share in self._steps)
+        return len(self._steps) == len(self._all) and all(step.share == 1 for step in self._steps)
 
     @torch.no_grad()
-    def _original_outputs(self, batch: Batch) -> dict[int, OriginalOutput]:
+    def _recorded(self, batch: Batch, outputs: Callable[[Hidden], dict[int, Tensor]]) -> _Step:
         mask = batch.counted(self._config.skip_first)
-        outputs = self._tape.forward(batch, mask).mlp_outputs(self._loss_layers)
-        return {layer: original_output(outputs[layer], mask) for layer in self._loss_layers}
+        found = outputs(self._tape.forward(batch, mask))
+        original = {layer: original_output(output, mask) for layer, output in found.items()}
+        return _Step(batch, original, self._config.skip_first)
 
-    @torch.no_grad()
-    def _original_hidden(self, batch: Batch) -> Tensor:
-        mask = batch.counted(self._config.skip_first)
-        hidden = self._tape.forward(batch, mask)
-        return hidden.real(hidden.last)[mask].cpu()
+    def _mlp_outputs(self, hidden: Hidden) -> dict[int, Tensor]:
+        return hidden.mlp_outputs(self._loss_layers)
+
+    def _hidden(self, hidden: Hidden) -> dict[int, Tensor]:
+        return {self._loss_layers[-1]: hidden.real(hidden.last)}
 
     @torch.no_grad()
     def _fit_background(self, on_step: Callable[[], object]) -> Subspaces:
@@ -207,12 +273,5 @@ def _stream(targets: Sequence[Target], config: CIRConfig) -> SubspaceStream:
     )
 
 
-def _finite(loss: Tensor) -> float:
-    value = float(loss.detach())
-    if value != value or value in (float("inf"), float("-inf")):
-        raise NonFiniteError(f"expected a finite loss, got {value}; this step changed no weight")
-    return value
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(losses: Sequence[Tensor]) -> float | None:
+    return float(torch.stack(list(losses)).mean()) if losses else None

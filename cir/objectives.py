@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OriginalOutput:
-    """A layer's MLP output before any update: rows (T, D) of the counted tokens, and their mean norm."""
+    """What a module put out before any update: rows (T, D) of the counted tokens, and their mean norm."""
 
     rows: Tensor
     norm: float
@@ -22,9 +22,11 @@ class OriginalOutput:
 
 
 def original_output(output: Tensor, mask: Tensor) -> OriginalOutput:
-    """Keep the rows of ``output`` (N, D) where ``mask`` (N,) is True, on the host."""
+    """Keep the rows of ``output`` (N, D) where ``mask`` (N,) is True, or whose places ``mask`` (T,) has."""
     rows = output[mask]
-    return OriginalOutput(rows.cpu(), float(rows.float().norm(dim=-1).mean()))
+    norm = float(rows.norm(dim=-1, dtype=torch.float64).mean())
+    # Pinned, so that they come back to a GPU while it works.
+    return OriginalOutput(rows.cpu().pin_memory() if rows.is_cuda else rows, norm)
 
 
 def mlp_breaking(outputs: Mapping[int, Tensor], originals: Mapping[int, OriginalOutput], mask: Tensor) -> Tensor:
@@ -33,27 +35,28 @@ def mlp_breaking(outputs: Mapping[int, Tensor], originals: Mapping[int, Original
     Args:
         outputs: MLP outputs o_l (N, D) by layer, at least those in ``originals``.
         originals: by loss layer, the outputs before any update, and n_l.
-        mask: (N,) bool, the tokens of ``originals``.
+        mask: the tokens of ``originals``, as for :func:`original_output`.
 
     Returns:
         A float32 scalar (float64 for float64 models).
     """
     terms = []
     for layer, original in originals.items():
-        rows = outputs[layer][mask]
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        overlap = (rows * original.rows.to(rows)).sum(-1).clamp_min(0)
-        terms.append(overlap.mean() / original.norm**2)
+        rows, before = _beside(outputs[layer][mask], original)
+        terms.append((rows * before).sum(-1).clamp_min(0).mean() / original.norm**2)
     return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
 
-def hidden_retain(hidden: Tensor, original: Tensor, mask: Tensor) -> Tensor:
+def hidden_retain(hidden: Tensor, original: OriginalOutput, mask: Tensor) -> Tensor:
     """Mean distance ||h - h^orig|| over tokens, over the mean norm ||h^orig||.
 
     Args:
-        hidden: (N, D) hidden states now. original: (T, D) those recorded, of the tokens in ``mask`` (N,).
+        hidden: (N, D) hidden states now. original: those before any update, of the tokens in ``mask``.
     """
-    rows = hidden[mask]
+    rows, before = _beside(hidden[mask], original)
+    return (rows - before).norm(dim=-1).mean() / original.norm
+
+
+def _beside(rows: Tensor, original: OriginalOutput) -> tuple[Tensor, Tensor]:
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    original = original.to(rows)
-    return (rows - original).norm(dim=-1).mean() / original.norm(dim=-1).mean()
+    return rows, original.rows.to(rows.device, non_blocking=True).to(rows.dtype)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cir.sites import Site
-from cir_kernels import Moments, accumulate_moments, collapse, new_moments
+from cir_kernels import Moments, accumulate_moments, collapse, collapse_and_accumulate, new_moments
 
 if TYPE_CHECKING:
     from cir.config import CIRConfig
@@ -279,12 +279,20 @@ class SubspaceStream:
     def observe(self, tokens: Mapping[str, Tensor]) -> None:
         """Add rows (T, width) of each site named in ``tokens``."""
         for site in self._sites:
-            if site.name not in tokens:
-                continue
-            rows = tokens[site.name]
-            if site.name not in self._moments:
-                self._moments[site.name] = new_moments(site.width, self._omega(site), rows.device)
-            accumulate_moments(self._moments[site.name], rows)
+            if site.name in tokens:
+                accumulate_moments(self._moments_at(site, tokens[site.name]), tokens[site.name])
+
+    def observe_and_collapse_(self, tokens: dict[str, Tensor], common: Subspaces) -> dict[str, Tensor]:
+        """:meth:`observe` and then ``common.collapse_``, in one trip over the rows where a kernel can."""
+        both = [site for site in self._sites if site.name in tokens and site.name in common]
+        for site in both:
+            rows, subspace = tokens[site.name], common[site.name]
+            moments = self._moments_at(site, rows)
+            collapse_and_accumulate(moments, rows, subspace.basis, subspace.mixer, out=rows)
+        rest = {name: rows for name, rows in tokens.items() if name not in {site.name for site in both}}
+        self.observe(rest)
+        common.collapse_(rest)
+        return tokens
 
     def solve(self) -> Subspaces:
         """Turn what was observed into subspaces, and start the next stream empty and warm."""
@@ -295,6 +303,11 @@ class SubspaceStream:
         self._components = {name: subspace.basis for name, subspace in solved.items()}
         self._moments, self._random = {}, {}
         return Subspaces(solved, self._mode)
+
+    def _moments_at(self, site: Site, rows: Tensor) -> Moments:
+        if site.name not in self._moments:
+            self._moments[site.name] = new_moments(site.width, self._omega(site), rows.device)
+        return self._moments[site.name]
 
     def _omega(self, site: Site) -> Tensor | None:
         rank = self._ranks[site]

@@ -201,11 +201,11 @@ def test_an_exception_midway_restores_the_model(model, tokenizer, monkeypatch, u
     unchanged(model)
     step, calls = unlearning_step(), []
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("out of luck")
-        return step(*arguments)
+        return step(*arguments, **options)
 
     monkeypatch.setattr("cir.forget.selective_step", fail)
     with pytest.raises(RuntimeError, match="out of luck"):

@@ -1,0 +1,121 @@
+"""Steps: in parts where memory is short, and without making the host wait."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from cir.capture import Capture, capture
+from cir.config import CIRConfig
+from cir.engine import selective_step, snapshot
+from cir.facts import load_facts
+from cir.forget import Forgetter
+from cir.sites import find_stack
+from cir.unlearning import benign_batches, fact_batches
+from tests.tiny import TEXT, facts, tiny_llama
+
+CONFIG = CIRConfig(
+    loss_layers=(1, 3),
+    rank_background=4,
+    rank_activation=3,
+    rank_gradient=3,
+    rate=0.5,
+    retain_rate=0.1,
+    retain_length=16,
+    retain_tokens=128,
+    batch_size=8,
+)
+
+
+def epochs(tokenizer, model, number: int = 2, before_epochs=lambda forgetter: None):
+    """The losses of each epoch, and the weights they lead to."""
+    stack = find_stack(model)
+    targets = stack.targets(2)
+    batches = fact_batches(tokenizer, load_facts(facts()), CONFIG, model.device)
+    retain = benign_batches(tokenizer, TEXT, CONFIG, model.device)
+    with capture(model, stack, 2) as tape:
+        forgetter = Forgetter(tape, targets, range(1, 3), batches, retain, CONFIG)
+        forgetter.fit()
+        before_epochs(forgetter)
+        losses = [forgetter.epoch(CONFIG.rate) for _ in range(number)]
+    return losses, snapshot(targets)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_where_memory_is_short_the_step_is_taken_in_parts_and_is_the_same(tokenizer, monkeypatch, most):
+    losses, weights = epochs(tokenizer, tiny_llama(torch.float64))
+    forward, refused = Capture.forward, []
+
+    def short(self, batch, mask):
+        if torch.is_grad_enabled() and len(batch.input_ids) > most:
+            refused.append(len(batch.input_ids))
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, batch, mask)
+
+    monkeypatch.setattr(Capture, "forward", short)
+    in_parts, same = epochs(tokenizer, tiny_llama(torch.float64))
+    assert refused
+    assert len(refused) <= 4  # halved until it fits, once for all steps
+    for one, other in zip(losses, in_parts, strict=True):
+        assert one.breaking == pytest.approx(other.breaking, rel=1e-9)
+        assert one.retain == pytest.approx(other.retain, rel=1e-9)
+    start = snapshot(find_stack(tiny_llama(torch.float64)).targets(2))
+    for weight, other, before in zip(weights, same, start, strict=True):
+        assert float((weight - other).norm()) < 1e-6 * float((weight - before).norm())
+
+
+def test_one_sentence_that_does_not_fit_is_an_error_that_changes_nothing(tokenizer, monkeypatch, unchanged):
+    model = tiny_llama()
+    unchanged(model)
+
+    def short(self, batch, mask):
+        raise torch.OutOfMemoryError("out of memory")
+
+    def from_now_on(forgetter):
+        monkeypatch.setattr(Capture, "forward", short)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        epochs(tokenizer, model, before_epochs=from_now_on)
+    unchanged(model)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if masked or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item"):
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_makes_the_host_wait_once(tokenizer, monkeypatch):
+    waits, forward, read = Waits(), Capture.forward, []
+    tolist = torch.Tensor.tolist
+
+    def unseen(self, batch, mask):  # what transformers does in a forward is its own
+        with _disable_current_modes():
+            return forward(self, batch, mask)
+
+    def step(forgetter):
+        read.clear()  # what was found once, for all steps
+        with waits:
+            loss, tokens = forgetter.forget_tokens(0)
+            rows = forgetter._observed_and_collapsed(tokens)
+            selective_step(forgetter._targets, rows, CONFIG.rate, loss=loss)
+
+    monkeypatch.setattr(Capture, "forward", unseen)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self.shape) or tolist(self))
+    epochs(tokenizer, tiny_llama(), number=0, before_epochs=step)
+    assert not waits.seen
+    assert read == [(2,)]  # the loss and the norm together
