@@ -71,6 +71,8 @@ class EagerCIR:
         self.mlps: tuple[MLP, ...] = stack.mlps[: self.loss_layers[-1] + 1]
         self.linears = [target.linear for mlp in self.mlps for target in mlp.targets]
         self.bases: dict[nn.Linear, tuple[Basis, Basis]] = {}
+        self.retain: list[tuple[Batch, Tensor]] = []
+        self.retained = 0
         self.originals: list[tuple[list[Tensor], list[float]]] = []
 
     def record(self, batches: Sequence[Batch]) -> None:
@@ -81,8 +83,28 @@ class EagerCIR:
                 outputs = [out[counted] for out in self._forward(batch)[0]]
                 self.originals.append((outputs, [float(out.norm(dim=1).mean()) for out in outputs]))
 
-    def epoch(self, batches: Sequence[Batch]) -> None:
-        """One epoch: steps where bases are there already, and the bases of the next."""
+    def record_retain(self, batches: Sequence[Batch]) -> None:
+        """The original hidden states at the last layer of benign text."""
+        with self._trimmed(), torch.no_grad():
+            self.retain = [(batch, self._last_hidden(batch)) for batch in batches]
+
+    def retain_step(self, rate: float) -> None:
+        """Plain SGD on the distance of the hidden states to the original ones, of the next batch in turn."""
+        batch, original = self.retain[self.retained % len(self.retain)]
+        self.retained += 1
+        with self._trimmed():
+            distance = (self._last_hidden(batch).float() - original.float()).norm(dim=-1).mean()
+            (distance / original.float().norm(dim=-1).mean()).backward()
+        with torch.no_grad():
+            for linear in self.linears:
+                linear.weight -= rate * linear.weight.grad  # type: ignore[operator]
+        self.model.zero_grad(set_to_none=True)
+
+    def epoch(self, batches: Sequence[Batch], retain_rate: float = 0.0) -> None:
+        """One epoch: steps where bases are there already, and the bases of the next.
+
+        With ``retain_rate``, a retain step follows each forget step.
+        """
         inputs: dict[nn.Linear, list[Tensor]] = defaultdict(list)
         grads: dict[nn.Linear, list[Tensor]] = defaultdict(list)
         with self._trimmed():
@@ -94,6 +116,8 @@ class EagerCIR:
                 if self.bases:
                     self._step(taken)
                 self.model.zero_grad(set_to_none=True)
+                if self.bases and retain_rate:
+                    self.retain_step(retain_rate)
         for linear in self.linears:
             self.bases[linear] = (
                 self.solve(torch.cat(inputs[linear]), self.ranks[0]),
@@ -146,6 +170,20 @@ class EagerCIR:
             for hook in hooks:
                 hook.remove()
         return outputs, taps
+
+    def _last_hidden(self, batch: Batch) -> Tensor:
+        """Hidden states (T, D) of the counted tokens after the last layer run."""
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        hook = self.stack.layers[-1].register_forward_hook(keep)
+        try:
+            self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        finally:
+            hook.remove()
+        return found[0][padded(batch, batch.counted(self.skip_first))]
 
     @contextmanager
     def _trimmed(self) -> Iterator[None]:
