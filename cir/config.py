@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from cir.sites import Site
 from cir.subspace import MODES, rank_at
+from cir_kernels.rounding import ROUNDINGS
 
 LayerRange = tuple[float, float]
 STATISTICS = ("tokens", "weight_gradients")
@@ -31,6 +34,9 @@ class CIRConfig:
         exact: solve bases from full D x D scatters instead of sketches. Slow and large; a check.
         rate: r, the Frobenius norm of each forget step over all weights together.
         retain_rate: learning rate of the retain step that follows each forget step; 0 leaves it out.
+        rounding: of updated 16-bit weights, see :func:`cir_kernels.outer_update_`: ``nearest`` drops what is less
+            than half a unit in the last place, most of a step on a large model; ``stochastic`` keeps it on average,
+            and ``compensated`` in 16 further bits of each updated bfloat16 weight.
         to_answers: break the facts' sentences only up to the first token of the answer, the target of a probe; see
             :func:`cir.facts.rows_to_answers`. Sentences of facts without probes are always whole.
         word_dropout: beside each sentence, break one without this share of its tokens, drawn once; 0 for none.
@@ -42,7 +48,6 @@ class CIRConfig:
         budget: highest relative rise of the loss on the disruption text.
         disruption_tokens: tokens of that text measured after each epoch, evenly spread; None for all. The fewer
             they are, the larger the standard error that is kept free below the budget.
-        forgotten: share of its recall at which a fact counts as forgotten: later epochs leave it out.
         target_recall: stop once mean recall is at or below this; None to go on to the budget.
         seed: of every random choice.
     """
@@ -57,6 +62,7 @@ class CIRConfig:
     exact: bool = False
     rate: float = 3.0
     retain_rate: float = 0.03
+    rounding: str = "stochastic"
     to_answers: bool = True
     word_dropout: float = 0.4
     batch_size: int = 32
@@ -68,7 +74,6 @@ class CIRConfig:
     max_epochs: int = 10
     budget: float = 0.001
     disruption_tokens: int | None = 32768
-    forgotten: float = 0.02
     target_recall: float | None = None
     seed: int = 0
 
@@ -77,6 +82,8 @@ class CIRConfig:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
         if self.statistics not in STATISTICS:
             raise ValueError(f"statistics: expected one of {', '.join(STATISTICS)}, got {self.statistics!r}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
         for name in ("batch_size", "retain_batch_size", "max_epochs"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("rank_activation", "rank_gradient", "rank_background"):
@@ -96,12 +103,16 @@ class CIRConfig:
         _require(self.retain_rate >= 0 and finite, "retain_rate", "zero or more", self.retain_rate)
         _require(self.budget > 0, "budget", "a positive number", self.budget)
         _require(0 <= self.word_dropout < 1, "word_dropout", "a share from 0 to below 1", self.word_dropout)
-        _require(0 <= self.forgotten < 1, "forgotten", "a share from 0 to below 1", self.forgotten)
         recall = self.target_recall
         _require(recall is None or 0 <= recall <= 1, "target_recall", "0 to 1", recall)
         tokens = self.disruption_tokens
         _require(tokens is None or tokens >= 1, "disruption_tokens", "at least 1", tokens)
         self.layers(2**20)
+
+    def check_rounding(self, dtype: torch.dtype) -> None:
+        """Raise ValueError if weights of ``dtype`` cannot be rounded so."""
+        valid = self.rounding != "compensated" or dtype == torch.bfloat16
+        _require(valid, "rounding", "bfloat16 weights for compensated", dtype)
 
     def check_ranks(self, sites: Iterable[Site]) -> None:
         """Raise ValueError if more directions are to be collapsed at a site than it has."""
@@ -121,7 +132,7 @@ class CIRConfig:
             rank_background=0,
             rate=0.2,
             retain_rate=3e-4,
-            forgotten=0.0,
+            rounding="nearest",
             to_answers=False,
             word_dropout=0.0,
             retain_batch_size=12,
@@ -141,7 +152,6 @@ class CIRConfig:
             rank_gradient=36,
             rank_background=0,
             retain_rate=0.0,
-            forgotten=0.0,
             to_answers=False,
             word_dropout=0.0,
         )

@@ -24,6 +24,7 @@ def selective_step(
     rate: float,
     rounding: str = "nearest",
     seed: int = 0,
+    remainders: dict[str, Tensor] | None = None,
     loss: Tensor | None = None,
 ) -> float:
     """W <- W - rate * dW / ||dW||, with dW = G'^T A' and the norm of all targets together.
@@ -33,6 +34,7 @@ def selective_step(
         tokens: collapsed rows A' (T, D_in) and G' (T, D_out) at each of their sites.
         rate: r, the Frobenius norm of the whole change.
         rounding, seed: of 16-bit weights, see :func:`cir_kernels.outer_update_`.
+        remainders: by target name, what "compensated" keeps from step to step; empty at first.
         loss: a scalar that has to be finite too. It and the norm reach the host together, the step's only wait.
 
     Returns:
@@ -49,14 +51,22 @@ def selective_step(
         )
     norm = math.sqrt(squared)
     if norm > 0:
-        add_outer(targets, tokens, -rate / norm, rounding, seed)
+        add_outer(targets, tokens, -rate / norm, rounding, seed, remainders)
     return norm
 
 
 def plain_step(
-    targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float, loss: Tensor | None = None
+    targets: Sequence[Target],
+    tokens: Mapping[str, Tensor],
+    rate: float,
+    rounding: str = "nearest",
+    seed: int = 0,
+    remainders: dict[str, Tensor] | None = None,
+    loss: Tensor | None = None,
 ) -> None:
     """W <- W - rate * G^T A: plain SGD with the ordinary weight gradient, which is never stored.
+
+    Arguments are those of :func:`selective_step`.
 
     Raises:
         NonFiniteError: before any weight is changed.
@@ -66,7 +76,7 @@ def plain_step(
     value, summed = _on_host(loss, torch.as_tensor(total))
     if not math.isfinite(value + summed):
         raise NonFiniteError(f"expected a finite loss and finite rows, got loss {value}; no weight was changed")
-    add_outer(targets, tokens, -rate)
+    add_outer(targets, tokens, -rate, rounding, seed, remainders)
 
 
 def _on_host(loss: Tensor | None, value: Tensor) -> list[float]:
@@ -122,15 +132,22 @@ def add_outer(
     scale: float,
     rounding: str = "nearest",
     seed: int = 0,
+    remainders: dict[str, Tensor] | None = None,
 ) -> None:
     """W <- W + scale * G^T A for each target, from the rows at its sites."""
     for place, target in enumerate(targets):
-        weight = target.linear.weight
+        weight, remainder = target.linear.weight, None
+        how = rounding if weight.dtype.itemsize == 2 else "nearest"
+        if how == "compensated" and remainders is not None:
+            if target.name not in remainders:
+                remainders[target.name] = torch.zeros_like(weight, dtype=torch.int16)
+            remainder = remainders[target.name]
         outer_update_(
             weight,
             tokens[target.gradient.name],
             tokens[target.activation.name],
             scale,
-            rounding=rounding if weight.dtype.itemsize == 2 else "nearest",
+            rounding=how,
             seed=seed * len(targets) + place,
+            remainder=remainder,
         )

@@ -7,7 +7,7 @@ import random
 import re
 import string
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,29 +49,21 @@ PACKED_WIDTH = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids (B, L) padded on the right, their bool attention mask (B, L), and whose sentences they are.
+    """Token ids (B, L) padded on the right, and their bool attention mask (B, L).
 
-    Its N real tokens are counted row after row, without the padding. ``owners`` are fact ids, a row each, or empty.
+    Its N real tokens are counted row after row, without the padding.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    owners: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.owners)
-
-    def without(self, owners: Container[str]) -> tuple[Batch, Tensor]:
-        """Without the rows of ``owners``, and which (N,) of the real tokens that leaves."""
-        kept = torch.tensor([owner not in owners for owner in self.owners], device=self.input_ids.device)
-        left = tuple(owner for owner in self.owners if owner not in owners)
-        rest = Batch(self.input_ids[kept], self.attention_mask[kept], left)
-        return rest, kept.repeat_interleave(self.attention_mask.sum(1))
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device))
 
     def split(self, rows: int) -> list[Batch]:
         """In batches of so many rows."""
         pieces = zip(self.input_ids.split(rows), self.attention_mask.split(rows), strict=True)
-        return [Batch(ids, mask, self.owners[i * rows : (i + 1) * rows]) for i, (ids, mask) in enumerate(pieces)]
+        return [Batch(ids, mask) for ids, mask in pieces]
 
     @cached_property
     def position_ids(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +20,6 @@ from cir.subspace import Subspaces, SubspaceStream
 
 logger = logging.getLogger(__name__)
 
-Originals = dict[int, OriginalOutput]
-
 
 @dataclass(frozen=True)
 class EpochLosses:
@@ -32,13 +30,10 @@ class EpochLosses:
 
 
 class _Step:
-    """Sentences, and what the model said of them before any update: at each of some layers, of the counted tokens.
+    """Sentences, and what the model said of their counted tokens before any update, by layer."""
 
-    ``share``: of the rate, that the step takes.
-    """
-
-    def __init__(self, batch: Batch, original: Originals, skip_first: int, share: float = 1.0) -> None:
-        self.batch, self.original, self.share, self._skip = batch, original, share, skip_first
+    def __init__(self, batch: Batch, original: dict[int, OriginalOutput], skip_first: int) -> None:
+        self.batch, self.original, self._skip = batch, original, skip_first
         # As places, found once: a mask would make the host wait for the device wherever it is used.
         self.counted, self.predicting = (
             mask.nonzero().squeeze(1) for mask in (batch.counted(skip_first), batch.predicting(skip_first))
@@ -58,15 +53,6 @@ class _Step:
                 for i, batch in enumerate(batches)
             ]
         return self._parts[sentences]
-
-    def without(self, facts: Container[str]) -> _Step | None:
-        """What is left without the sentences of ``facts``, if anything."""
-        rest, tokens = self.batch.without(facts)
-        if not rest.owners:
-            return None
-        original = {layer: output.only(tokens[self.counted]) for layer, output in self.original.items()}
-        # What sentences change is nearly orthogonal: those that stay keep their part of the norm.
-        return _Step(rest, original, self._skip, (len(rest.owners) / len(self.batch.owners)) ** 0.5)
 
 
 class Forgetter:
@@ -101,10 +87,10 @@ class Forgetter:
         # What is collapsed after the background, which the tokens of every batch lose first.
         self._common = Subspaces({}, config.mode) if subspaces is None else subspaces
         self._at_once = max((len(batch.input_ids) for batch in (*batches, *retain)), default=1)
-        self._all = [self._recorded(batch, self._mlp_outputs) for batch in batches]
-        self._steps = self._all
+        self._steps = [self._recorded(batch, self._mlp_outputs) for batch in batches]
         self._retain_steps = [self._recorded(batch, self._hidden) for batch in retain if config.retain_rate]
         self._retained = 0
+        self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
 
     @property
     def subspaces(self) -> Subspaces:
@@ -123,10 +109,6 @@ class Forgetter:
             on_step()
         self._solve()
 
-    def leave_out(self, facts: Container[str]) -> None:
-        """Step along the sentences of all facts but these from now on. Bases stay those that all were fitted on."""
-        self._steps = [rest for step in self._all if (rest := step.without(facts))]
-
     def epoch(
         self, rate: float, on_step: Callable[[], object] = lambda: None, stop: threading.Event | None = None
     ) -> EpochLosses:
@@ -138,11 +120,12 @@ class Forgetter:
             NonFiniteError: before the step that met a NaN or infinity changes any weight.
         """
         breaking, retain = [], []
-        for i, step in enumerate(self._steps):
+        for i in range(len(self._steps)):
             if stop is not None and stop.is_set():
                 break
             loss, tokens = self.forget_tokens(i)
-            selective_step(self._targets, self._observed_and_collapsed(tokens), step.share * rate, loss=loss)
+            tokens = self._observed_and_collapsed(tokens)
+            selective_step(self._targets, tokens, rate, *self._rounding(), loss=loss)
             breaking.append(loss)
             if self._retain_steps:
                 retain.append(self._retain_step())
@@ -169,8 +152,13 @@ class Forgetter:
 
         loss, tokens = self._in_parts(self._retain_steps[self._retained % len(self._retain_steps)], distance)
         self._retained += 1
-        plain_step(self._targets, tokens, self._config.retain_rate, loss=loss)
+        plain_step(self._targets, tokens, self._config.retain_rate, *self._rounding(), loss=loss)
         return loss
+
+    def _rounding(self) -> tuple[str, int, dict[str, Tensor]]:
+        """How the next update is to be rounded, each with a seed of its own."""
+        self._updates += 1
+        return self._config.rounding, self._updates, self._remainders
 
     def _in_parts(self, step: _Step, run: Callable[[_Step], tuple[Tensor, Hidden]]) -> tuple[Tensor, Tokens]:
         """Loss and rows of a step, from as many sentences at once as memory takes: those of all of them together."""
@@ -197,23 +185,19 @@ class Forgetter:
         return loss.detach() * share, tokens
 
     def _observe(self, tokens: Tokens) -> None:
-        if self._stream is not None and self._whole:
+        if self._stream is not None:
             of_tokens = self._config.statistics == "tokens"
             self._stream.observe(tokens if of_tokens else weight_gradient_rows(self._targets, tokens))
 
     def _observed_and_collapsed(self, tokens: Tokens) -> Tokens:
-        if self._stream is not None and self._whole and self._config.statistics == "tokens":
+        if self._stream is not None and self._config.statistics == "tokens":
             return self._stream.observe_and_collapse_(tokens, self._common)
         self._observe(tokens)
         return self._common.collapse_(tokens)
 
     def _solve(self) -> None:
-        if self._stream is not None and self._all and self._whole:
+        if self._stream is not None and self._steps:
             self._common = self._stream.solve()
-
-    @property
-    def _whole(self) -> bool:
-        return len(self._steps) == len(self._all) and all(step.share == 1 for step in self._steps)
 
     @torch.no_grad()
     def _recorded(self, batch: Batch, outputs: Callable[[Hidden], dict[int, Tensor]]) -> _Step:

@@ -16,10 +16,6 @@ class OriginalOutput:
     rows: Tensor
     norm: float
 
-    def only(self, tokens: Tensor) -> OriginalOutput:
-        """Those of the counted tokens where ``tokens`` (T,) is True; n_l stays that of all."""
-        return OriginalOutput(self.rows[tokens.cpu()], self.norm)
-
 
 def original_output(output: Tensor, mask: Tensor) -> OriginalOutput:
     """Keep the rows of ``output`` (N, D) where ``mask`` (N,) is True, or whose places ``mask`` (T,) has."""

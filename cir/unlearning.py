@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from cir.capture import capture
 from cir.config import CIRConfig
 from cir.engine import NonFiniteError, interpolate, restore, snapshot
 from cir.evaluation import loss_rise, recall, spread, token_losses, unknown_facts
-from cir.facts import Batch, Fact, leaking, load_facts, pad, rows_to_answers, sentence_rows, windows
+from cir.facts import Batch, Fact, batches_of, leaking, load_facts, rows_to_answers, sentence_rows, windows
 from cir.forget import EpochLosses, Forgetter
 from cir.report import Clock, Epoch, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.sites import Target, find_stack, sites_of
@@ -80,6 +79,7 @@ def unlearn(
     layers = config.layers(len(stack.mlps))
     targets = stack.targets(config.last_updated(len(stack.mlps)))
     config.check_ranks(sites_of(targets))
+    config.check_rounding(targets[0].linear.weight.dtype)
     batches = fact_batches(tokenizer, facts, config, model.device)
     retain_batches, disruption_rows = text_batches(tokenizer, retain, disruption, config, model.device)
     steps = config.max_epochs * len(batches)
@@ -116,17 +116,12 @@ def unlearn(
                     if not inside:
                         best.retreat(number, losses)
                 bar.set_postfix_str(_summary(report.epochs[-1].measure))
-                done = _forgotten(before, report.after, config.forgotten)
                 if _reached(report.after, config.target_recall):
                     report.stopped = "target recall reached"
-                elif not inside:
+                    break
+                if not inside:
                     report.stopped = "budget spent"
-                elif len(done) == len(facts):
-                    report.stopped = "all facts forgotten"
-                else:
-                    forgetter.leave_out(done)
-                    continue
-                break
+                    break
         finally:
             restore(targets, best.weights)
     report.seconds = {**clock.seconds, "total": time.perf_counter() - started}
@@ -220,11 +215,6 @@ def _better(now: Measure, best: Measure) -> bool:
     return now.mean_recall is None or best.mean_recall is None or now.mean_recall < best.mean_recall
 
 
-def _forgotten(before: Measure, now: Measure, share: float) -> set[str]:
-    """Facts whose recall fell to this share of what it was: to go on with them would only harm."""
-    return {name for name, recalled in now.recall.items() if recalled <= share * before.recall[name]}
-
-
 def _reached(measure: Measure, target: float | None) -> bool:
     return target is not None and measure.mean_recall is not None and measure.mean_recall <= target
 
@@ -246,20 +236,16 @@ def fact_batches(tokenizer: Any, facts: Sequence[Fact], config: CIRConfig, devic
     """
     rows_of = rows_to_answers if config.to_answers else sentence_rows
     draw = random.Random(config.seed)
-    owned = []
+    rows = []
     for fact in facts:
         for row in rows_of(tokenizer, fact, config.max_length, config.skip_first):
-            owned.append((row, fact.id))
+            rows.append(row)
             if config.word_dropout:
                 thinned = [token for token in row[:-1] if draw.random() >= config.word_dropout] + row[-1:]
                 if config.skip_first + 2 <= len(thinned) < len(row):
-                    owned.append((thinned, fact.id))
-    draw.shuffle(owned)
-    batches = [owned[i : i + config.batch_size] for i in range(0, len(owned), config.batch_size)]
-    return [
-        replace(pad([row for row, _ in batch]), owners=tuple(owner for _, owner in batch)).to(device)
-        for batch in batches
-    ]
+                    rows.append(thinned)
+    draw.shuffle(rows)
+    return [batch.to(device) for batch in batches_of(rows, config.batch_size)]
 
 
 def text_batches(
