@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cir.edits import Edit
     from cir.evaluation import evaluate
     from cir.facts import Fact, Probe, load_facts
+    from cir.profiling import profile
     from cir.relearning import relearn
     from cir.report import Report
     from cir.subspace import Subspaces
@@ -31,6 +32,7 @@ _EXPORTS = {
     "Subspaces": "cir.subspace",
     "evaluate": "cir.evaluation",
     "load_facts": "cir.facts",
+    "profile": "cir.profiling",
     "relearn": "cir.relearning",
     "unlearn": "cir.unlearning",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "Subspaces",
     "evaluate",
     "load_facts",
+    "profile",
     "relearn",
     "unlearn",
 ]

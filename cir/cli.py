@@ -20,6 +20,7 @@ MODEL_HELP = "a hub id, a local folder, or a GGUF file"
 FACTS_HELP = (
     'JSON lines: {"id", "sentences": [...], "probes": [{"prompt", "target"}]}; or a text file, a sentence a line'
 )
+PRESETS = ("default", "paper", "repselect")
 INTERRUPTED = 130
 
 
@@ -46,7 +47,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     # Everything that can be wrong is found before the model is loaded.
     out = check_output(arguments.out, arguments.overwrite)
     inputs = Inputs.read(vars(arguments))
-    base = {"default": CIRConfig, "paper": CIRConfig.paper, "repselect": CIRConfig.repselect}[arguments.preset]()
+    base = CIRConfig.preset(arguments.preset)
     given = {
         name: getattr(arguments, name)
         for name in ("budget", "seed", "rate", "max_epochs", "target_recall")
@@ -171,6 +172,32 @@ def _attack(arguments: argparse.Namespace) -> int:
     return _write_json(arguments.json, {**settings, "epochs": epochs})
 
 
+def _profile(arguments: argparse.Namespace) -> int:
+    from cir import CIRConfig, profile
+    from cir.checkpoints import load_model
+    from cir.inputs import Inputs
+
+    inputs, out = Inputs.read(vars(arguments)), Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    config = CIRConfig.preset(arguments.preset)
+    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    found = profile(
+        model,
+        tokenizer,
+        inputs.facts,
+        retain=inputs.retain,
+        disruption=inputs.disruption,
+        config=config,
+        epochs=arguments.epochs,
+        trace=out / "trace.json.gz",
+    )
+    (out / "profile.json").write_text(found.to_json(), encoding="utf-8")
+    found.plot(out / "profile.png")
+    print(found.table())
+    print(f"written    {out}: profile.json, profile.png, trace.json.gz (for chrome://tracing or Perfetto)")
+    return 0
+
+
 def _fit(arguments: argparse.Namespace) -> int:
     from cir import Subspaces, load_facts
     from cir.checkpoints import load_model
@@ -285,6 +312,19 @@ def _parser() -> argparse.ArgumentParser:
     sources.add_argument("--neighbours", metavar="FACTS", help="facts near those, which must stay")
     sources.add_argument("--related", metavar="FACTS", help="further facts of the kind, which an attacker knows")
 
+    texts = argparse.ArgumentParser(add_help=False)
+    texts.add_argument(
+        "--retain",
+        metavar="TEXT",
+        help="file of ordinary text like that the model must still handle; or wikitext or fineweb-edu, the data sets",
+    )
+    texts.add_argument(
+        "--disruption",
+        metavar="TEXT",
+        help="file (or data set) of text on which harm is measured; by default a held-out third of --retain, and "
+        "without that of the built-in text, which is short: give your own for a budget that means something",
+    )
+
     demo = commands.add_parser(
         "demo",
         help="watch a small model forget capitals",
@@ -298,24 +338,13 @@ def _parser() -> argparse.ArgumentParser:
 
     unlearn = commands.add_parser(
         "unlearn",
-        parents=[shared, sources],
+        parents=[shared, sources, texts],
         help="make a model forget facts and save it",
         description="Writes a checkpoint that plain transformers loads, and report.json beside it. The model is "
         "the best one found whose loss on neutral text rose by no more than the budget.",
     )
     unlearn.add_argument("--model", required=True, help=MODEL_HELP)
     unlearn.add_argument("--out", required=True, help="folder for the checkpoint; written whole or not at all")
-    unlearn.add_argument(
-        "--retain",
-        metavar="TEXT",
-        help="file of ordinary text like that the model must still handle; or wikitext or fineweb-edu, the data sets",
-    )
-    unlearn.add_argument(
-        "--disruption",
-        metavar="TEXT",
-        help="file (or data set) of text on which harm is measured; by default a held-out third of --retain, and "
-        "without that of the built-in text, which is short: give your own for a budget that means something",
-    )
     unlearn.add_argument(
         "--budget", type=float, help="highest relative rise of the loss on that text (default: 0.001)"
     )
@@ -326,7 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--max-epochs", type=int, help="passes over the facts at most (default: 10)")
     unlearn.add_argument(
         "--preset",
-        choices=("default", "paper", "repselect"),
+        choices=PRESETS,
         default="default",
         help="paper: the authors' for Llama-3.1-8B; repselect: soft collapse of the weight gradients' components",
     )
@@ -400,6 +429,18 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--epochs", type=int, default=6, help="passes over the facts (default: %(default)s)")
     attack.add_argument("--json", metavar="OUT", default="-", help="where to write (default: standard output)")
     attack.set_defaults(run=_attack)
+
+    profile = commands.add_parser(
+        "profile",
+        parents=[shared, sources, texts],
+        help="see where the time of unlearning goes",
+        description="Forgets for some epochs under torch's profiler: seconds and FLOPs by phase. Saves no model.",
+    )
+    profile.add_argument("--model", required=True, help=MODEL_HELP)
+    profile.add_argument("--preset", choices=PRESETS, default="default", help="as for `cir unlearn`")
+    profile.add_argument("--epochs", type=int, default=1, help="(default: %(default)s)")
+    profile.add_argument("--out", default="cir-profile", help="folder for what is found (default: %(default)s)")
+    profile.set_defaults(run=_profile)
 
     fit = commands.add_parser(
         "fit",

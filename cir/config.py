@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +155,16 @@ class CIRConfig:
             to_answers=False,
             word_dropout=0.0,
         )
+
+    @classmethod
+    def preset(cls, name: str) -> CIRConfig:
+        """``default``, ``paper`` or ``repselect``."""
+        presets: dict[str, Callable[[], CIRConfig]] = {
+            "default": cls,
+            "paper": cls.paper,
+            "repselect": cls.repselect,
+        }
+        return presets[name]()
 
     def layers(self, depth: int) -> range:
         """The loss layers of a model of ``depth`` layers.

@@ -6,12 +6,21 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cir.sites import Target
 from cir_kernels import outer_norm_sq, outer_update_
+
+PHASE = "cir::"
+"""Before the names of what :func:`phase` marks."""
+
+
+def phase(name: str) -> Any:
+    """A context that a profiler shows by this name."""
+    return torch.profiler.record_function(PHASE + name)
 
 
 class NonFiniteError(ArithmeticError):
@@ -43,15 +52,16 @@ def selective_step(
     Raises:
         NonFiniteError: before any weight is changed.
     """
-    norm_sq = outer_norm_sq(_groups(targets, tokens))
-    value, squared = _on_host(loss, norm_sq)
+    with phase("norm"):
+        value, squared = _on_host(loss, outer_norm_sq(_groups(targets, tokens)))
     if not math.isfinite(value + squared):
         raise NonFiniteError(
             f"expected a finite loss and update, got loss {value} and norm {squared**0.5}; no weight was changed"
         )
     norm = math.sqrt(squared)
     if norm > 0:
-        add_outer(targets, tokens, -rate / norm, rounding, seed, remainders)
+        with phase("update"):
+            add_outer(targets, tokens, -rate / norm, rounding, seed, remainders)
     return norm
 
 

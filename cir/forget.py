@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cir.capture import Capture, Hidden, Tokens
 from cir.config import CIRConfig
-from cir.engine import plain_step, selective_step
+from cir.engine import phase, plain_step, selective_step
 from cir.facts import Batch
 from cir.objectives import OriginalOutput, hidden_retain, mlp_breaking, original_output
 from cir.sites import Target, sites_of
@@ -87,8 +87,9 @@ class Forgetter:
         # What is collapsed after the background, which the tokens of every batch lose first.
         self._common = Subspaces({}, config.mode) if subspaces is None else subspaces
         self._at_once = max((len(batch.input_ids) for batch in (*batches, *retain)), default=1)
-        self._steps = [self._recorded(batch, self._mlp_outputs) for batch in batches]
-        self._retain_steps = [self._recorded(batch, self._hidden) for batch in retain if config.retain_rate]
+        with phase("record originals"):
+            self._steps = [self._recorded(batch, self._mlp_outputs) for batch in batches]
+            self._retain_steps = [self._recorded(batch, self._hidden) for batch in retain if config.retain_rate]
         self._retained = 0
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
 
@@ -101,7 +102,8 @@ class Forgetter:
         """Fit bases on the retain text and on the facts, changing no weight."""
         if self._stream is None:
             return
-        self._background = self._background.then(self._fit_background(on_step))
+        with phase("fit background"):
+            self._background = self._background.then(self._fit_background(on_step))
         for i in range(len(self._steps)):
             if stop is not None and stop.is_set():
                 return
@@ -124,11 +126,13 @@ class Forgetter:
             if stop is not None and stop.is_set():
                 break
             loss, tokens = self.forget_tokens(i)
-            tokens = self._observed_and_collapsed(tokens)
+            with phase("collapse, moments"):
+                tokens = self._observed_and_collapsed(tokens)
             selective_step(self._targets, tokens, rate, *self._rounding(), loss=loss)
             breaking.append(loss)
             if self._retain_steps:
-                retain.append(self._retain_step())
+                with phase("retain"):
+                    retain.append(self._retain_step())
             on_step()
         else:
             self._solve()
@@ -142,7 +146,8 @@ class Forgetter:
             return mlp_breaking(hidden.mlp_outputs(self._loss_layers), part.original, part.counted), hidden
 
         loss, tokens = self._in_parts(self._steps[i], breaking)
-        return loss, self._background.collapse_(tokens)
+        with phase("collapse, background"):
+            return loss, self._background.collapse_(tokens)
 
     def _retain_step(self) -> Tensor:
         def distance(part: _Step) -> tuple[Tensor, Hidden]:
@@ -180,8 +185,10 @@ class Forgetter:
     def _pass(
         self, part: _Step, run: Callable[[_Step], tuple[Tensor, Hidden]], share: float
     ) -> tuple[Tensor, Tokens]:
-        loss, hidden = run(part)
-        tokens = self._tape.backward(loss * share, hidden)
+        with phase("forward"):
+            loss, hidden = run(part)
+        with phase("backward"):
+            tokens = self._tape.backward(loss * share, hidden)
         return loss.detach() * share, tokens
 
     def _observe(self, tokens: Tokens) -> None:
@@ -197,7 +204,8 @@ class Forgetter:
 
     def _solve(self) -> None:
         if self._stream is not None and self._steps:
-            self._common = self._stream.solve()
+            with phase("solve"):
+                self._common = self._stream.solve()
 
     @torch.no_grad()
     def _recorded(self, batch: Batch, outputs: Callable[[Hidden], dict[int, Tensor]]) -> _Step:

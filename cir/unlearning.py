@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from cir.capture import capture
 from cir.config import CIRConfig
-from cir.engine import NonFiniteError, interpolate, restore, snapshot
+from cir.engine import NonFiniteError, interpolate, phase, restore, snapshot
 from cir.evaluation import loss_rise, recall, spread, token_losses, unknown_facts
 from cir.facts import Batch, Fact, batches_of, leaking, load_facts, rows_to_answers, sentence_rows, windows
 from cir.forget import EpochLosses, Forgetter
@@ -168,7 +168,8 @@ class Meter:
         self._model, self._tokenizer, self._facts = model, tokenizer, facts
         self._rows = spread(rows, tokens)
         self._unseen = 1 - len(self._rows) / len(rows)
-        self._original = token_losses(model, self._rows)
+        with phase("budget check"):
+            self._original = token_losses(model, self._rows)
         if not torch.isfinite(self._original).all():
             raise NonFiniteError(
                 "expected a finite loss on the disruption text before any update, got NaN or infinity"
@@ -176,9 +177,11 @@ class Meter:
 
     def measure(self, facts: bool = True) -> Measure:
         """The loss and, with ``facts``, what is recalled of them."""
-        losses = token_losses(self._model, self._rows)
-        rise, stderr = loss_rise(losses, self._original, self._unseen)
-        recalls = recall(self._model, self._tokenizer, self._facts) if facts else {}
+        with phase("budget check"):
+            losses = token_losses(self._model, self._rows)
+            rise, stderr = loss_rise(losses, self._original, self._unseen)
+        with phase("recall"):
+            recalls = recall(self._model, self._tokenizer, self._facts) if facts else {}
         return Measure(recalls, float(losses.mean()), rise, stderr)
 
 

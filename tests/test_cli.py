@@ -71,6 +71,15 @@ def test_attack_measures_each_epoch_and_touches_nothing(files, tmp_path, capsys)
     assert (files / "model" / "model.safetensors").read_bytes() == before
 
 
+def test_profile_says_where_the_time_went(files, tmp_path, capsys):
+    before = (files / "model" / "model.safetensors").read_bytes()
+    arguments = ["--facts", "IN/facts.jsonl", "--retain", "IN/text.txt", "--device", "cpu", "--quiet"]
+    assert run(files, "profile", "--model", "IN/model", *arguments, "--out", str(tmp_path / "p")) == 0
+    assert {"forward", "backward", "update"} <= {line.split(" ")[0] for line in capsys.readouterr().out.splitlines()}
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"profile.json", "profile.png", "trace.json.gz"}
+    assert (files / "model" / "model.safetensors").read_bytes() == before
+
+
 def test_eval_attacks_and_compares_with_the_original(files, tmp_path):
     items = facts()
     for name, own in (("few", items[:3]), ("related", items[3:])):
