@@ -26,8 +26,9 @@ PARTS: list[tuple[str, int, list[str]]] = [
         60,
         ["-m", "pytest", "-q", "tests/test_kernels.py", "tests/test_engine.py", "tests/test_cuda.py"],
     ),
-    ("kernels", 270, ["-m", "bench.kernels", "--seconds", "240"]),
-    ("resources", 80, ["-m", "bench.resources"]),
+    ("step", 170, ["-m", "bench.step", "--model", "8b"]),
+    ("kernels", 130, ["-m", "bench.kernels", "--seconds", "110"]),
+    ("resources", 50, ["-m", "bench.resources"]),
 ]
 """Name, seconds at most, and what Python is to run."""
 

@@ -191,6 +191,7 @@ class _Best:
     def __init__(self, targets: Sequence[Target], meter: Meter, report: Report) -> None:
         self._targets, self._meter, self._report = targets, meter, report
         self.weights = snapshot(targets)
+        self._spare: list[torch.Tensor] | None = None
 
     def consider(self, number: int, losses: EpochLosses, share: float = 1.0) -> bool:
         """Measure the model after ``share`` of an epoch's change, and report it; whether it is inside the budget."""
@@ -199,7 +200,9 @@ class _Best:
         kept = inside and _better(now, self._report.after)
         self._report.epochs.append(Epoch(number, share * config.rate, losses.breaking, losses.retain, now, kept))
         if kept:
-            self.weights, self._report.after = snapshot(self._targets), now
+            # Into the second of two, so that one is whole whatever happens meanwhile.
+            taken = snapshot(self._targets, into=self._spare)
+            self.weights, self._spare, self._report.after = taken, self.weights, now
         return inside
 
     def retreat(self, number: int, losses: EpochLosses) -> None:
