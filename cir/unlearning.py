@@ -226,9 +226,9 @@ def _reached(measure: Measure, target: float | None) -> bool:
 
 
 def _share_inside(best: Measure, over: Measure, budget: float) -> float:
-    """The share of the way from ``best`` to ``over`` that should end just inside the budget: the rise is convex."""
+    """The share of the way from ``best`` to ``over`` that should end just inside: harm grows as its square."""
     room, spent = budget - best.rise_bound, over.rise_bound - best.rise_bound
-    return 0.9 * max(0.0, room) / spent
+    return 0.95 * (max(0.0, room) / spent) ** 0.5
 
 
 def _summary(measure: Measure) -> str:
