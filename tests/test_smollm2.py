@@ -47,12 +47,12 @@ def forgotten(smollm2, shared_data):
     weights = snapshot(targets)
     relearned, probed = (load_facts(shared_data / f"capitals-{name}.jsonl") for name in ("relearn", "probe"))
     valid, test = ((shared_data / f"wikitext2-{name}.txt").read_text() for name in ("valid", "test"))
-    config = CIRConfig(budget=0.003, disruption_tokens=16384, max_epochs=4)
-    before = mean_recall(recall(model, tokenizer, probed)), text_loss(model, tokenizer, test, max_tokens=16384)
+    config = CIRConfig(budget=0.003, disruption_tokens=8192, max_epochs=3)
+    before = mean_recall(recall(model, tokenizer, probed)), text_loss(model, tokenizer, test, max_tokens=8192)
     report = cir.unlearn(
         model, tokenizer, [*probed, *relearned], retain=valid, disruption=test, config=config, progress=False
     )
-    loss = text_loss(model, tokenizer, test, max_tokens=16384)
+    loss = text_loss(model, tokenizer, test, max_tokens=8192)
     history = [mean_recall(r) for r in cir.relearn(model, tokenizer, relearned, probed, progress=False)]
     restore(targets, weights)
     return report, before, loss, history
@@ -63,11 +63,11 @@ def test_forgets_within_the_budget(forgotten):
     assert recall_before == pytest.approx(0.504, abs=0.01)
     assert report.after.rise_bound <= 0.003
     assert loss / loss_before - 1 == pytest.approx(report.after.rise, abs=1e-6)
-    assert history[0] <= 0.14
+    assert history[0] <= 0.06
 
 
 def test_resists_the_relearning_attack(forgotten):
-    assert forgotten[3][-1] <= 0.16
+    assert forgotten[3][-1] <= 0.10
 
 
 def tokens_of(model, tokenizer, facts):
