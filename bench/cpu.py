@@ -10,7 +10,6 @@ is measured in a process for each form, beyond the loaded model, over fitting ba
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
 import statistics
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from bench.eager import EagerCIR
-from bench.records import ROOT, process_memory, write_rows
+from bench.records import ROOT, mark_memory, process_memory, write_rows
 from cir import CIRConfig, load_facts
 from cir.capture import capture
 from cir.checkpoints import demo_model, load_model
@@ -104,10 +103,8 @@ def matmul_rate() -> float:
 def peak_bytes(form: str, fact_files: list[str]) -> int:
     """Peak resident bytes, beyond the loaded model, of fitting bases and one epoch (Linux: VmHWM)."""
     workload = Workload(fact_files)
-    ctypes.CDLL(None).malloc_trim(0)  # what loading freed would else serve the epoch unseen
     with ExitStack() as undo:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = process_memory("VmRSS")
+        before = mark_memory()
         workload.prepare(form, undo)()
         return process_memory("VmHWM") - before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import subprocess
@@ -40,8 +41,15 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         out.writelines(json.dumps({**row, **common}) + "\n" for row in rows)
 
 
+def mark_memory() -> int:
+    """Start looking for the peak of this process (Linux: VmHWM); its resident bytes now."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would else serve what is measured unseen
+    Path("/proc/self/clear_refs").write_text("5")
+    return process_memory("VmRSS")
+
+
 def process_memory(field: str) -> int:
-    """Bytes of this process, ``VmRSS`` now or ``VmHWM`` at most since ``/proc/self/clear_refs`` was told "5"."""
+    """Bytes of this process, ``VmRSS`` now or ``VmHWM`` at most since :func:`mark_memory`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 

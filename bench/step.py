@@ -16,7 +16,6 @@ Forms: ``ours``; ``eager``, as the authors' code has it (autograd's weight gradi
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
 import random
 import time
@@ -29,7 +28,7 @@ import torch
 
 import cir
 from bench.eager import EagerCIR
-from bench.records import ROOT, process_memory, write_rows
+from bench.records import ROOT, mark_memory, process_memory, write_rows
 from cir import CIRConfig, Subspaces
 from cir.capture import capture
 from cir.engine import selective_step
@@ -202,7 +201,7 @@ def measured(name: str, task: str, form: str, epochs: int) -> dict[str, Any]:
     run = Run(name, epochs)
     call = run.one_fact() if task == "W2" else lambda: run.batch(form)
     first = seconds(call, run.device) if form == "ours" else None
-    before = mark_memory(run.device)
+    before = memory_before(run.device)
     again = seconds(call, run.device)
     facts = 1 if task == "W2" else len(run.facts)
     return {
@@ -228,14 +227,12 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def mark_memory(device: torch.device) -> int:
+def memory_before(device: torch.device) -> int:
     """Start looking for the peak; bytes in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed would else serve the run unseen
-    Path("/proc/self/clear_refs").write_text("5")
-    return process_memory("VmRSS")
+    if device.type != "cuda":
+        return mark_memory()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def peak_memory(device: torch.device) -> int:
