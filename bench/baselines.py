@@ -84,7 +84,7 @@ class Baseline(ABC):
         ValueError: without a batch to forget or to retain, or on a model whose decoder is not found.
     """
 
-    rates: ClassVar[tuple[float, ...]] = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
+    rates: ClassVar[tuple[float, ...]] = (3e-6, 1e-5, 3e-5, 1e-4)
     trained: list[nn.Parameter]
 
     def __init__(
@@ -210,7 +210,7 @@ class SimNPO(Likelihood):
 class Representation(Baseline):
     """A loss of the hidden states after ``layers``; those above are not run, nor is the LM head."""
 
-    rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    rates = (1e-4, 3e-4, 1e-3, 3e-3)
     stack: Stack
     layers: list[int]
 

@@ -16,6 +16,7 @@ import argparse
 import base64
 import html
 import io
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from cir.evaluation import mean_recall, recall
 from cir.facts import check_apart
 from cir.relearning import RELEARNINGS
 from cir.report import Measure, hash_facts
-from cir.unlearning import Meter, builtin_text, fact_batches, text_batches
+from cir.unlearning import Meter, builtin_text, fact_batches, share_inside, text_batches
 
 CIR = CIRConfig()
 METHODS: dict[str, CIRConfig] = {"cir": CIR, "repselect": CIRConfig.repselect()}
@@ -63,8 +64,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no retain step": {"retain_rate": 0.0},
     "loss layers updated too": {"update_loss_layers": True},
 }
-MAX_EPOCHS = 4
-HALVINGS = 3
+MAX_EPOCHS = 6
+TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -138,45 +139,53 @@ class Bench:
         steps = [(epoch.measure.rise, epoch.measure.mean_recall or 0) for epoch in report.epochs]
         return Outcome(report.after, steps, time.perf_counter() - started)
 
-    def forget_with_baseline(self, name: str, rate: float, budget: float, seed: int) -> Outcome:
-        """The last state inside the budget on the way of a baseline at ``rate``."""
-        started = time.perf_counter()
+    def forget_with_baseline(
+        self, name: str, rate: float, budgets: Sequence[float], seed: int
+    ) -> Iterator[tuple[float, Outcome]]:
+        """The last state inside each of ``budgets``, from the smallest, on the way of a baseline at ``rate``.
+
+        The model is in that state while the caller has it, and as it came in afterwards.
+        """
         # Whole sentences, and about as many retain tokens a step, as the papers have it.
         settings = replace(CIR, seed=seed, to_answers=False, word_dropout=0.0, retain_batch_size=4)
         batches = fact_batches(self.tokenizer, self.task.facts, settings, self.model.device)
         retain, _ = text_batches(self.tokenizer, self.task.retain, None, settings, self.model.device)
-        steps, best, kept = [], self.before, self.weights
-        with BASELINES[name](self.model, batches, retain, rate=rate, epochs=self.task.epochs, seed=seed) as baseline:
-            for _ in range(self.task.epochs):
+        epochs, left, steps, seconds = self.task.epochs, sorted(budgets), [], 0.0
+        with (
+            self.restored(),
+            BASELINES[name](self.model, batches, retain, rate=rate, epochs=epochs, seed=seed) as baseline,
+        ):
+            now, reached = self.before, copies(self.model.parameters())
+            for number in range(1, epochs + 1):
+                started, before = time.perf_counter(), (reached, now)
                 baseline.epoch()
-                now = self.meter.measure()
+                now, reached = self.meter.measure(budget=left[0]), copies(self.model.parameters())
                 steps.append((now.rise, now.mean_recall or 0))
-                if now.rise_bound > budget:
-                    break
-                best, kept = now, copies(self.model.parameters())
-        if now.rise_bound > budget:
-            self.back_to_budget(kept, budget)
-            best = self.meter.measure()
-        else:
-            put(self.model.parameters(), kept)
-        return Outcome(best, steps, time.perf_counter() - started)
+                seconds += time.perf_counter() - started
+                while left and (now.rise_bound > left[0] or number == epochs):
+                    budget, best = left.pop(0), now
+                    if now.rise_bound > budget:
+                        best = self.back_to_budget(*before, now, budget)
+                    yield budget, Outcome(best, list(steps), seconds)
+                    put(self.model.parameters(), reached)
+                if not left:
+                    return
 
-    def back_to_budget(self, inside: Sequence[Tensor], budget: float) -> None:
-        """To the furthest state inside the budget on the line from ``inside`` to the model as it is, by bisection."""
-        outside = copies(self.model.parameters())
-        low, high = 0.0, 1.0
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            self.put_between(inside, outside, middle)
-            if self.meter.measure(facts=False).rise_bound <= budget:
-                low = middle
-            else:
-                high = middle
-        self.put_between(inside, outside, low)
+    def back_to_budget(self, inside: Sequence[Tensor], at: Measure, over: Measure, budget: float) -> Measure:
+        """From the model as it is, where ``over`` was measured, towards weights where ``at`` was, until inside.
 
-    def put_between(self, inside: Sequence[Tensor], outside: Sequence[Tensor], share: float) -> None:
-        pairs = zip(inside, outside, strict=True)
-        put(self.model.parameters(), [torch.lerp(a, b, share) for a, b in pairs])
+        As :func:`cir.unlearn` does, with more tries; ``inside`` itself where all fail.
+        """
+        outside, share, now = copies(self.model.parameters()), 1.0, over
+        for _ in range(TRIES):
+            share *= share_inside(at, now, budget)
+            pairs = zip(inside, outside, strict=True)
+            put(self.model.parameters(), [torch.lerp(a, b, share) for a, b in pairs])
+            now = self.meter.measure()
+            if now.rise_bound <= budget:
+                return now
+        put(self.model.parameters(), inside)
+        return at
 
     def examine(self, outcome: Outcome) -> dict[str, Any]:
         """Everything a row says of the model as it is, which does not change."""
@@ -213,6 +222,16 @@ class Bench:
             "by_fact": recalls,
         }
 
+    def summarise(self, outcome: Outcome) -> dict[str, Any]:
+        """What a row says of one of the rates that are tried."""
+        measure = outcome.measure
+        return {
+            "facts_recall": measure.mean_recall,
+            "rise": measure.rise,
+            "rise_stderr": measure.rise_stderr,
+            "seconds": outcome.seconds,
+        }
+
     def recall(self, facts: Sequence[Fact]) -> dict[str, float]:
         return recall(self.model, self.tokenizer, facts)
 
@@ -239,18 +258,20 @@ class Rows:
         self.path, self.common = path, dict(common)
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = [json.loads(line) for line in lines]
-        self.found = [row for row in rows if all(row.get(key) == value for key, value in self.common.items())]
+        self.found = [row for row in rows if _has(row, self.common)]
 
-    def once(self, measured: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
-        """The row of ``key``; measured and written where there is none."""
-        for row in self.found:
-            if all(row.get(name) == value for name, value in key.items()):
-                return row
-        row = {**key, **self.common, **measured()}
+    def get(self, **key: Any) -> dict[str, Any] | None:
+        return next((row for row in self.found if _has(row, key)), None)
+
+    def add(self, measured: Mapping[str, Any], **key: Any) -> None:
+        row = {**key, **self.common, **measured}
         write_rows(self.path, [row])
         self.found.append(row)
         show(row)
-        return row
+
+
+def _has(row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
+    return all(row.get(name) == value for name, value in key.items())
 
 
 def show(row: Mapping[str, Any]) -> None:
@@ -268,62 +289,55 @@ def show(row: Mapping[str, Any]) -> None:
 
 
 def untouched(bench: Bench, rows: Rows) -> None:
-    outcome = Outcome(bench.before, [], 0.0)
-    rows.once(lambda: bench.examine(outcome), kind="run", method="untouched", budget=0.0, seed=0)
+    key = {"kind": "run", "method": "untouched", "budget": 0.0, "seed": 0}
+    if rows.get(**key) is None:
+        rows.add(bench.examine(Outcome(bench.before, [], 0.0)), **key)
+
+
+def run(bench: Bench, rows: Rows, config: CIRConfig, contrast: bool = False, **key: Any) -> None:
+    """The row of ``key``, of a run by :func:`cir.unlearn`."""
+    key |= {"budget": config.budget, "seed": config.seed}
+    if rows.get(**key) is None:
+        config = replace(config, max_epochs=bench.task.epochs, disruption_tokens=bench.task.tokens)
+        with bench.restored():
+            rows.add({"rate": config.rate, **bench.examine(bench.forget_with(config, contrast))}, **key)
+
+
+def run_baseline(bench: Bench, rows: Rows, name: str, budgets: Sequence[float], seeds: Sequence[int]) -> None:
+    """Its rows at each budget and seed, at the rate that forgets most inside that budget on the first seed."""
+
+    def measured(kind: str, rate: float, budgets: Sequence[float], seed: int, found: Callable[..., Any]) -> None:
+        key = {"kind": kind, "method": name, "seed": seed, "rate": rate}
+        if left := [budget for budget in budgets if rows.get(budget=budget, **key) is None]:
+            for budget, outcome in bench.forget_with_baseline(name, rate, left, seed):
+                rows.add(found(outcome), budget=budget, **key)
+
+    rates = BASELINES[name].rates if bench.task.thorough else BASELINES[name].rates[1::2]
+    for rate in rates:
+        measured("search", rate, budgets, seeds[0], bench.summarise)
+    best: dict[float, list[float]] = {}
+    for budget in budgets:
+        tried = [row for row in rows.found if _has(row, {"kind": "search", "method": name, "budget": budget})]
+        best.setdefault(min(tried, key=lambda row: row["facts_recall"])["rate"], []).append(budget)
+    for seed in seeds:
+        for rate, own in best.items():
+            measured("run", rate, own, seed, bench.examine)
 
 
 def compare(bench: Bench, rows: Rows, methods: Sequence[str], budgets: Sequence[float], seeds: Sequence[int]) -> None:
-    for budget in budgets:
-        for name in methods:
-            rate = None if name in METHODS else best_rate(bench, rows, name, budget, seeds[0])
-            for seed in seeds:
-
-                def measured(name: str = name, rate: Any = rate, budget: float = budget, seed: int = seed) -> Any:
-                    with bench.restored():
-                        if rate is None:
-                            config = replace(METHODS[name], budget=budget, seed=seed, max_epochs=bench.task.epochs)
-                            outcome = bench.forget_with(replace(config, disruption_tokens=bench.task.tokens))
-                        else:
-                            outcome = bench.forget_with_baseline(name, rate, budget, seed)
-                        return {"rate": rate or METHODS[name].rate, **bench.examine(outcome)}
-
-                rows.once(measured, kind="run", method=name, budget=budget, seed=seed)
-
-
-def best_rate(bench: Bench, rows: Rows, name: str, budget: float, seed: int) -> float:
-    """Of the baseline's rates, that which forgets most inside the budget."""
-
-    def tried(rate: float) -> dict[str, Any]:
-        def measured() -> dict[str, Any]:
-            with bench.restored():
-                outcome = bench.forget_with_baseline(name, rate, budget, seed)
-            measure = outcome.measure
-            return {
-                "facts_recall": measure.mean_recall,
-                "rise": measure.rise,
-                "rise_stderr": measure.rise_stderr,
-                "seconds": outcome.seconds,
-            }
-
-        return rows.once(measured, kind="search", method=name, budget=budget, seed=seed, rate=rate)
-
-    rates = BASELINES[name].rates if bench.task.thorough else BASELINES[name].rates[1::2]
-    return min((tried(rate) for rate in rates), key=lambda row: row["facts_recall"])["rate"]
+    for name in methods:
+        if name in BASELINES:
+            run_baseline(bench, rows, name, budgets, seeds)
+            continue
+        for budget, seed in itertools.product(budgets, seeds):
+            run(bench, rows, replace(METHODS[name], budget=budget, seed=seed), kind="run", method=name)
 
 
 def ablate(bench: Bench, rows: Rows, budget: float, seeds: Sequence[int]) -> None:
-    for variant, changes in ABLATIONS.items():
-        for seed in seeds:
-
-            def measured(changes: Mapping[str, Any] = changes, seed: int = seed) -> dict[str, Any]:
-                fields = {name: value for name, value in changes.items() if name != "contrast"}
-                config = replace(CIR, **fields, budget=budget, seed=seed, max_epochs=MAX_EPOCHS)
-                with bench.restored():
-                    config = replace(config, disruption_tokens=bench.task.tokens)
-                    outcome = bench.forget_with(config, contrast=changes.get("contrast", False))
-                    return bench.examine(outcome)
-
-            rows.once(measured, kind="ablation", method="cir", variant=variant, budget=budget, seed=seed)
+    for (variant, changes), seed in itertools.product(ABLATIONS.items(), seeds):
+        fields = {name: value for name, value in changes.items() if name != "contrast"}
+        config = replace(CIR, **fields, budget=budget, seed=seed)
+        run(bench, rows, config, "contrast" in changes, kind="ablation", method="cir", variant=variant)
 
 
 def report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

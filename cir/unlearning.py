@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 1 / 3
 """Share of the retain text, at its end, kept for the budget where no disruption text is given."""
 DISRUPTION_WINDOW = 256
+FIRST_LOOK = 32
+"""Windows of the disruption text measured before it is asked whether more are needed."""
+CLEAR = 4.0
 RETREATS = 2
 """States tried, at most, on the line back from an epoch that overstepped the budget."""
 
@@ -166,8 +169,10 @@ class Meter:
 
     def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor, tokens: int | None) -> None:
         self._model, self._tokenizer, self._facts = model, tokenizer, facts
-        self._rows = spread(rows, tokens)
-        self._unseen = 1 - len(self._rows) / len(rows)
+        self._windows = len(rows)
+        rows = spread(rows, tokens)
+        # In random order, so that the first of them are a sample of all.
+        self._rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
         with phase("budget check"):
             self._original = token_losses(model, self._rows)
         if not torch.isfinite(self._original).all():
@@ -175,14 +180,26 @@ class Meter:
                 "expected a finite loss on the disruption text before any update, got NaN or infinity"
             )
 
-    def measure(self, facts: bool = True) -> Measure:
-        """The loss and, with ``facts``, what is recalled of them."""
+    def measure(self, facts: bool = True, budget: float | None = None) -> Measure:
+        """The loss and, with ``facts``, what is recalled of them.
+
+        With a ``budget``, no more text is read than shows the rise to be ``CLEAR`` standard errors below it.
+        """
         with phase("budget check"):
-            losses = token_losses(self._model, self._rows)
-            rise, stderr = loss_rise(losses, self._original, self._unseen)
+            rise, stderr = self._rise(budget)
         with phase("recall"):
             recalls = recall(self._model, self._tokenizer, self._facts) if facts else {}
-        return Measure(recalls, float(losses.mean()), rise, stderr)
+        return Measure(recalls, float(self._original.mean()) * (1 + rise), rise, stderr)
+
+    def _rise(self, budget: float | None) -> tuple[float, float]:
+        losses = self._original[:0]
+        for rows in self._rows.split(FIRST_LOOK):
+            losses = torch.cat([losses, token_losses(self._model, rows)])
+            unseen = 1 - len(losses) / self._windows
+            rise, stderr = loss_rise(losses, self._original[: len(losses)], unseen)
+            if budget is not None and rise + CLEAR * stderr < budget:
+                break
+        return rise, stderr
 
 
 class _Best:
@@ -195,7 +212,8 @@ class _Best:
 
     def consider(self, number: int, losses: EpochLosses, share: float = 1.0) -> bool:
         """Measure the model after ``share`` of an epoch's change, and report it; whether it is inside the budget."""
-        now, config = self._meter.measure(), self._report.config
+        config = self._report.config
+        now = self._meter.measure(budget=config.budget)
         inside = now.rise_bound <= config.budget
         kept = inside and _better(now, self._report.after)
         self._report.epochs.append(Epoch(number, share * config.rate, losses.breaking, losses.retain, now, kept))
@@ -209,7 +227,7 @@ class _Best:
         """Back from an epoch that overstepped the budget, on the line to the best state, until inside."""
         before, weights, share = self._report.after, self.weights, 1.0
         for _ in range(RETREATS):
-            part = _share_inside(before, self._report.epochs[-1].measure, self._report.config.budget)
+            part = share_inside(before, self._report.epochs[-1].measure, self._report.config.budget)
             share *= part
             interpolate(self._targets, weights, part)
             if self.consider(number, losses, share):
@@ -225,10 +243,11 @@ def _reached(measure: Measure, target: float | None) -> bool:
     return target is not None and measure.mean_recall is not None and measure.mean_recall <= target
 
 
-def _share_inside(best: Measure, over: Measure, budget: float) -> float:
+def share_inside(best: Measure, over: Measure, budget: float) -> float:
     """The share of the way from ``best`` to ``over`` that should end just inside: harm grows as its square."""
-    room, spent = budget - best.rise_bound, over.rise_bound - best.rise_bound
-    return 0.95 * (max(0.0, room) / spent) ** 0.5
+    # The error there is taken to be that of ``over``: ``best`` may be measured on less text.
+    room, spent = budget - over.rise_stderr - best.rise, over.rise - best.rise
+    return 0.95 * (max(0.0, room) / max(room, spent, 1e-30)) ** 0.5
 
 
 def _summary(measure: Measure) -> str:

@@ -10,6 +10,7 @@ from bench import quality
 from bench.baselines import BASELINES
 from bench.quality import Bench, Rows, Task, compare, put, report, untouched
 from cir.facts import load_facts
+from cir.report import Measure
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
 
 TASK = Task(
@@ -63,20 +64,26 @@ def test_every_method_ends_inside_the_budget_and_no_row_is_measured_twice(bench,
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_overstep_goes_back_along_its_line_to_the_budget(bench):
+@pytest.mark.parametrize("power", [1.2, 2.0])
+def test_an_overstep_goes_back_along_its_line_to_the_budget(bench, monkeypatch, power):
     inside = [parameter.detach().clone() for parameter in bench.model.parameters()]
     generator = torch.Generator().manual_seed(0)
-    with bench.restored():
-        put(bench.model.parameters(), [w + 0.3 * torch.randn(w.shape, generator=generator) for w in inside])
-        outside = [parameter.detach().clone() for parameter in bench.model.parameters()]
-        over = bench.meter.measure(facts=False).rise
-        bench.back_to_budget(inside, over / 2)
-        assert 0 < bench.meter.measure(facts=False).rise <= over / 2
-        moved = [
-            float((now.detach() - was).norm()) for now, was in zip(bench.model.parameters(), inside, strict=True)
-        ]
-        whole = [float((far - was).norm()) for far, was in zip(outside, inside, strict=True)]
-        shares = [a / b for a, b in zip(moved, whole, strict=True)]
+    step = [torch.randn(w.shape, generator=generator) for w in inside]
+
+    def measure() -> Measure:  # harm that grows as a power of the way gone
+        return Measure({}, 1.0, 0.01 * gone() ** power, 0.0002)
+
+    def gone() -> float:
+        now = bench.model.parameters()
+        shares = [float(((w.detach() - was) / s).mean()) for w, was, s in zip(now, inside, step, strict=True)]
         assert max(shares) - min(shares) < 1e-3
-        assert 8 * shares[0] == pytest.approx(round(8 * shares[0]), abs=0.01)  # three halvings
-    assert bench.change() == 0
+        return shares[0]
+
+    monkeypatch.setattr(bench.meter, "measure", measure)
+    with bench.restored():
+        put(bench.model.parameters(), [w + s for w, s in zip(inside, step, strict=True)])
+        found = bench.back_to_budget(inside, Measure({}, 1.0), measure(), budget=0.004)
+        assert 0.003 < found.rise_bound <= 0.004
+        assert found.rise == pytest.approx(measure().rise)
+        assert bench.back_to_budget(inside, Measure({}, 1.0), measure(), budget=-1).rise == 0
+        assert bench.change() == 0
