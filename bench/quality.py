@@ -19,7 +19,7 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -92,11 +92,12 @@ class Task:
 
 @dataclass
 class Outcome:
-    """``measure``: of the state reached. ``trajectory``: (rise, recall) of the facts, epoch by epoch."""
+    """``measure``: of the state reached, which has ``weights``. ``trajectory``: (rise, recall) epoch by epoch."""
 
     measure: Measure
     trajectory: list[tuple[float, float]]
     seconds: float
+    weights: list[Tensor]
 
 
 class Bench:
@@ -120,56 +121,55 @@ class Bench:
 
     def forget_with(self, config: CIRConfig, contrast: bool = False) -> Outcome:
         """By :func:`cir.unlearn`, against bases of the neighbours where ``contrast``."""
-        started = time.perf_counter()
-        subspaces = None
-        if contrast:
-            subspaces = Subspaces.fit(
-                self.model, self.tokenizer, self.task.retain, self.task.neighbours, config=config, progress=False
+        started, subspaces = time.perf_counter(), None
+        with self.restored():
+            if contrast:
+                texts = self.task.retain, self.task.neighbours
+                subspaces = Subspaces.fit(self.model, self.tokenizer, *texts, config=config, progress=False)
+            report = cir.unlearn(
+                self.model,
+                self.tokenizer,
+                self.task.facts,
+                retain=self.task.retain,
+                disruption=self.task.disruption,
+                config=config,
+                subspaces=subspaces,
+                progress=False,
             )
-        report = cir.unlearn(
-            self.model,
-            self.tokenizer,
-            self.task.facts,
-            retain=self.task.retain,
-            disruption=self.task.disruption,
-            config=config,
-            subspaces=subspaces,
-            progress=False,
-        )
+            state = copies(self.model.parameters())
         steps = [(epoch.measure.rise, epoch.measure.mean_recall or 0) for epoch in report.epochs]
-        return Outcome(report.after, steps, time.perf_counter() - started)
+        return Outcome(report.after, steps, time.perf_counter() - started, state)
 
     def forget_with_baseline(
         self, name: str, rate: float, budgets: Sequence[float], seed: int
-    ) -> Iterator[tuple[float, Outcome]]:
-        """The last state inside each of ``budgets``, from the smallest, on the way of a baseline at ``rate``.
-
-        The model is in that state while the caller has it, and as it came in afterwards.
-        """
+    ) -> dict[float, Outcome]:
+        """The last state inside each of ``budgets`` on the way of a baseline at ``rate``."""
         # Whole sentences, and about as many retain tokens a step, as the papers have it.
         settings = replace(CIR, seed=seed, to_answers=False, word_dropout=0.0, retain_batch_size=4)
         batches = fact_batches(self.tokenizer, self.task.facts, settings, self.model.device)
         retain, _ = text_batches(self.tokenizer, self.task.retain, None, settings, self.model.device)
-        epochs, left, steps, seconds = self.task.epochs, sorted(budgets), [], 0.0
+        epochs, left, steps, found = self.task.epochs, sorted(budgets), [], {}
+        started = time.perf_counter()
         with (
             self.restored(),
             BASELINES[name](self.model, batches, retain, rate=rate, epochs=epochs, seed=seed) as baseline,
         ):
             now, reached = self.before, copies(self.model.parameters())
             for number in range(1, epochs + 1):
-                started, before = time.perf_counter(), (reached, now)
+                before = reached, now
                 baseline.epoch()
                 now, reached = self.meter.measure(budget=left[0]), copies(self.model.parameters())
                 steps.append((now.rise, now.mean_recall or 0))
-                seconds += time.perf_counter() - started
                 while left and (now.rise_bound > left[0] or number == epochs):
                     budget, best = left.pop(0), now
                     if now.rise_bound > budget:
                         best = self.back_to_budget(*before, now, budget)
-                    yield budget, Outcome(best, list(steps), seconds)
+                    state = copies(self.model.parameters())
+                    found[budget] = Outcome(best, list(steps), time.perf_counter() - started, state)
                     put(self.model.parameters(), reached)
                 if not left:
-                    return
+                    break
+        return found
 
     def back_to_budget(self, inside: Sequence[Tensor], at: Measure, over: Measure, budget: float) -> Measure:
         """From the model as it is, where ``over`` was measured, towards weights where ``at`` was, until inside.
@@ -188,7 +188,12 @@ class Bench:
         return at
 
     def examine(self, outcome: Outcome) -> dict[str, Any]:
-        """Everything a row says of the model as it is, which does not change."""
+        """Everything a row says of an outcome."""
+        with self.restored():
+            put(self.model.parameters(), outcome.weights)
+            return self._examine(outcome)
+
+    def _examine(self, outcome: Outcome) -> dict[str, Any]:
         task = self.task
         recalls = self.recall(task.probe)
         relearned = {
@@ -220,16 +225,6 @@ class Bench:
             "trajectory": outcome.trajectory,
             "relearning": relearned,
             "by_fact": recalls,
-        }
-
-    def summarise(self, outcome: Outcome) -> dict[str, Any]:
-        """What a row says of one of the rates that are tried."""
-        measure = outcome.measure
-        return {
-            "facts_recall": measure.mean_recall,
-            "rise": measure.rise,
-            "rise_stderr": measure.rise_stderr,
-            "seconds": outcome.seconds,
         }
 
     def recall(self, facts: Sequence[Fact]) -> dict[str, float]:
@@ -288,10 +283,21 @@ def show(row: Mapping[str, Any]) -> None:
     )
 
 
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """What a row says of one of the rates that are tried."""
+    measure = outcome.measure
+    return {
+        "facts_recall": measure.mean_recall,
+        "rise": measure.rise,
+        "rise_stderr": measure.rise_stderr,
+        "seconds": outcome.seconds,
+    }
+
+
 def untouched(bench: Bench, rows: Rows) -> None:
     key = {"kind": "run", "method": "untouched", "budget": 0.0, "seed": 0}
     if rows.get(**key) is None:
-        rows.add(bench.examine(Outcome(bench.before, [], 0.0)), **key)
+        rows.add(bench.examine(Outcome(bench.before, [], 0.0, bench.weights)), **key)
 
 
 def run(bench: Bench, rows: Rows, config: CIRConfig, contrast: bool = False, **key: Any) -> None:
@@ -299,29 +305,30 @@ def run(bench: Bench, rows: Rows, config: CIRConfig, contrast: bool = False, **k
     key |= {"budget": config.budget, "seed": config.seed}
     if rows.get(**key) is None:
         config = replace(config, max_epochs=bench.task.epochs, disruption_tokens=bench.task.tokens)
-        with bench.restored():
-            rows.add({"rate": config.rate, **bench.examine(bench.forget_with(config, contrast))}, **key)
+        rows.add({"rate": config.rate, **bench.examine(bench.forget_with(config, contrast))}, **key)
 
 
 def run_baseline(bench: Bench, rows: Rows, name: str, budgets: Sequence[float], seeds: Sequence[int]) -> None:
     """Its rows at each budget and seed, at the rate that forgets most inside that budget on the first seed."""
-
-    def measured(kind: str, rate: float, budgets: Sequence[float], seed: int, found: Callable[..., Any]) -> None:
-        key = {"kind": kind, "method": name, "seed": seed, "rate": rate}
-        if left := [budget for budget in budgets if rows.get(budget=budget, **key) is None]:
-            for budget, outcome in bench.forget_with_baseline(name, rate, left, seed):
-                rows.add(found(outcome), budget=budget, **key)
-
     rates = BASELINES[name].rates if bench.task.thorough else BASELINES[name].rates[1::2]
+    best: dict[float, tuple[float, float]] = {}  # recall and rate, by budget
+    reached: dict[float, Outcome | None] = {}  # of the best, where it was reached just now
     for rate in rates:
-        measured("search", rate, budgets, seeds[0], bench.summarise)
-    best: dict[float, list[float]] = {}
-    for budget in budgets:
-        tried = [row for row in rows.found if _has(row, {"kind": "search", "method": name, "budget": budget})]
-        best.setdefault(min(tried, key=lambda row: row["facts_recall"])["rate"], []).append(budget)
-    for seed in seeds:
-        for rate, own in best.items():
-            measured("run", rate, own, seed, bench.examine)
+        key = {"kind": "search", "method": name, "seed": seeds[0], "rate": rate}
+        left = [budget for budget in budgets if rows.get(budget=budget, **key) is None]
+        found = bench.forget_with_baseline(name, rate, left, seeds[0]) if left else {}
+        for budget, outcome in found.items():
+            rows.add(summary(outcome), budget=budget, **key)
+        for budget in budgets:
+            tried = rows.get(budget=budget, **key)["facts_recall"], rate
+            if budget not in best or tried < best[budget]:
+                best[budget], reached[budget] = tried, found.get(budget)
+    for seed, (budget, (_, rate)) in itertools.product(seeds, best.items()):
+        key = {"kind": "run", "method": name, "budget": budget, "seed": seed}
+        if rows.get(**key) is None:
+            outcome = reached[budget] if seed == seeds[0] else None
+            outcome = outcome or bench.forget_with_baseline(name, rate, [budget], seed)[budget]
+            rows.add({"rate": rate, **bench.examine(outcome)}, **key)
 
 
 def compare(bench: Bench, rows: Rows, methods: Sequence[str], budgets: Sequence[float], seeds: Sequence[int]) -> None:
@@ -447,12 +454,12 @@ def main() -> None:
     parser.add_argument("--disruption", help="text; needs --retain")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *BASELINES], default=[*METHODS, *BASELINES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.001, 0.003])
+    parser.add_argument("--budgets", type=float, nargs="+", help="default: 0.001 0.003; 0.01 if --small")
     parser.add_argument("--tokens", type=int, default=32768, help="of the disruption text")
     parser.add_argument("--attacks", nargs="+", choices=list(RELEARNINGS), default=list(RELEARNINGS))
     parser.add_argument("--ablate", action="store_true", help="variants of cir instead, at the last budget")
     parser.add_argument(
-        "--small", action="store_true", help="one seed, one attack, a budget of 1 %%, every other rate, two epochs"
+        "--small", action="store_true", help="one seed, one attack, every other rate of a baseline, two epochs"
     )
     parser.add_argument("--report", action="store_true", help="only draw the report of the rows in --out")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
@@ -466,7 +473,8 @@ def main() -> None:
         paragraphs = (texts[0] or builtin_text()).split("\n\n")
         texts = ["\n\n".join(p for i, p in enumerate(paragraphs) if (i % 3 == 2) == held) for held in (False, True)]
     if arguments.small:
-        arguments.seeds, arguments.budgets = arguments.seeds[:1], [0.01]
+        arguments.seeds = arguments.seeds[:1]
+    budgets = arguments.budgets or ([0.01] if arguments.small else [0.001, 0.003])
     task = Task(
         *(load_facts(path) for path in (arguments.relearn, arguments.probe, arguments.neighbours)),
         *texts,
@@ -485,10 +493,10 @@ def main() -> None:
     if not arguments.report:
         bench = Bench(arguments.model, task)
         if arguments.ablate:
-            ablate(bench, rows, arguments.budgets[-1], arguments.seeds)
+            ablate(bench, rows, budgets[-1], arguments.seeds)
         else:
-            compare(bench, rows, arguments.methods, arguments.budgets, arguments.seeds)
             untouched(bench, rows)
+            compare(bench, rows, arguments.methods, budgets, arguments.seeds)
     report(rows.found, arguments.out / "quality.html")
 
 
