@@ -20,6 +20,9 @@ from cir.subspace import Subspaces, SubspaceStream
 
 logger = logging.getLogger(__name__)
 
+TOKENS_AT_ONCE = 512
+"""Of a step, in one forward and backward: enough to fill a GPU, and what autograd keeps of them stays small."""
+
 
 @dataclass(frozen=True)
 class EpochLosses:
@@ -40,8 +43,9 @@ class _Step:
         )
         self._parts: dict[int, list[_Step]] = {}
 
-    def parts(self, sentences: int) -> list[_Step]:
-        """The same in pieces of so many sentences."""
+    def parts(self, tokens: int) -> list[_Step]:
+        """The same in pieces of at most so many tokens, padding included, or of one sentence."""
+        sentences = max(1, tokens // self.batch.input_ids.shape[1])
         if sentences >= len(self.batch.input_ids):
             return [self]
         if sentences not in self._parts:
@@ -86,7 +90,7 @@ class Forgetter:
         self._stream = _stream(targets, config) if subspaces is None else None
         # What is collapsed after the background, which the tokens of every batch lose first.
         self._common = Subspaces({}, config.mode) if subspaces is None else subspaces
-        self._at_once = max((len(batch.input_ids) for batch in (*batches, *retain)), default=1)
+        self._at_once = TOKENS_AT_ONCE
         with phase("record originals"):
             self._steps = [self._recorded(batch, self._mlp_outputs) for batch in batches]
             self._retain_steps = [self._recorded(batch, self._hidden) for batch in retain if config.retain_rate]
@@ -166,21 +170,20 @@ class Forgetter:
         return self._config.rounding, self._updates, self._remainders
 
     def _in_parts(self, step: _Step, run: Callable[[_Step], tuple[Tensor, Hidden]]) -> tuple[Tensor, Tokens]:
-        """Loss and rows of a step, from as many sentences at once as memory takes: those of all of them together."""
+        """Loss and rows of a step, from as many tokens at once as memory takes: those of all of them together."""
         while True:
             parts = step.parts(self._at_once)
             try:
                 passes = [self._pass(part, run, len(part.counted) / len(step.counted)) for part in parts]
                 losses, rows = zip(*passes, strict=True)
-                tokens = rows[0] if len(rows) == 1 else {n: torch.cat([each[n] for each in rows]) for n in rows[0]}
-                return torch.stack(losses).sum(), tokens
+                return torch.stack(losses).sum(), _joined(rows)
             except torch.OutOfMemoryError:
-                largest = max(len(part.batch.input_ids) for part in parts)
-                if largest == 1:
+                sentences, width = max(part.batch.input_ids.shape for part in parts)
+                if sentences == 1:
                     raise
             # Out of the handler, whose exception held what the pass had on the device.
-            self._at_once = largest // 2
-            logger.warning("out of memory: going on with %d sentences at once", self._at_once)
+            self._at_once = sentences // 2 * width
+            logger.warning("out of memory: going on with %d tokens at once", self._at_once)
 
     def _pass(
         self, part: _Step, run: Callable[[_Step], tuple[Tensor, Hidden]], share: float
@@ -232,6 +235,13 @@ class Forgetter:
             stream.observe(self._background.collapse_(self._tape.forward(batch, batch.counted(0)).tokens))
             on_step()
         return stream.solve()
+
+
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    """The rows of all parts, which lose them: both at once would be the most that a step holds."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([rows.pop(name) for rows in parts]) for name in list(parts[0])}
 
 
 def weight_gradient_rows(targets: Sequence[Target], tokens: Tokens) -> Tokens:

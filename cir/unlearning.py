@@ -33,6 +33,7 @@ DISRUPTION_WINDOW = 256
 FIRST_LOOK = 32
 """Windows of the disruption text measured before it is asked whether more are needed."""
 CLEAR = 4.0
+"""Standard errors below the budget at which no more text is measured."""
 RETREATS = 2
 """States tried, at most, on the line back from an epoch that overstepped the budget."""
 
@@ -244,10 +245,16 @@ def _reached(measure: Measure, target: float | None) -> bool:
 
 
 def share_inside(best: Measure, over: Measure, budget: float) -> float:
-    """The share of the way from ``best`` to ``over`` that should end just inside: harm grows as its square."""
-    # The error there is taken to be that of ``over``: ``best`` may be measured on less text.
-    room, spent = budget - over.rise_stderr - best.rise, over.rise - best.rise
-    return 0.95 * (max(0.0, room) / max(room, spent, 1e-30)) ** 0.5
+    """The share of the way from ``best`` to ``over`` that should end just inside: harm grows as its square, and the
+    standard error in proportion.
+    """
+    # That of ``best`` may be of less text than will be measured there.
+    error = min(best.rise_stderr, over.rise_stderr)
+    room, slope = budget - best.rise - error, over.rise_stderr - error
+    curve = max(over.rise - best.rise, 1e-30)
+    root = (slope**2 + 4 * curve * max(room, 0.0)) ** 0.5
+    # The larger root of curve x^2 + slope x = room, in the form that loses no digits where the curve is flat.
+    return 0.95 * min(1.0, 2 * max(room, 0.0) / max(slope + root, 1e-30))
 
 
 def _summary(measure: Measure) -> str:
