@@ -158,7 +158,7 @@ class Bench:
             for number in range(1, epochs + 1):
                 before = reached, now
                 baseline.epoch()
-                now, reached = self.meter.measure(budget=left[0]), copies(self.model.parameters())
+                now, reached = self.meter.measure(), copies(self.model.parameters())
                 steps.append((now.rise, now.mean_recall or 0))
                 while left and (now.rise_bound > left[0] or number == epochs):
                     budget, best = left.pop(0), now

@@ -30,10 +30,6 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 1 / 3
 """Share of the retain text, at its end, kept for the budget where no disruption text is given."""
 DISRUPTION_WINDOW = 256
-FIRST_LOOK = 32
-"""Windows of the disruption text measured before it is asked whether more are needed."""
-CLEAR = 4.0
-"""Standard errors below the budget at which no more text is measured."""
 RETREATS = 2
 """States tried, at most, on the line back from an epoch that overstepped the budget."""
 
@@ -170,10 +166,8 @@ class Meter:
 
     def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor, tokens: int | None) -> None:
         self._model, self._tokenizer, self._facts = model, tokenizer, facts
-        self._windows = len(rows)
-        rows = spread(rows, tokens)
-        # In random order, so that the first of them are a sample of all.
-        self._rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+        self._rows = spread(rows, tokens)
+        self._unseen = 1 - len(self._rows) / len(rows)
         with phase("budget check"):
             self._original = token_losses(model, self._rows)
         if not torch.isfinite(self._original).all():
@@ -181,26 +175,15 @@ class Meter:
                 "expected a finite loss on the disruption text before any update, got NaN or infinity"
             )
 
-    def measure(self, facts: bool = True, budget: float | None = None) -> Measure:
-        """The loss and, with ``facts``, what is recalled of them.
-
-        With a ``budget``, no more text is read than shows the rise to be ``CLEAR`` standard errors below it.
-        """
+    def measure(self) -> Measure:
+        """The loss, and what is recalled of the facts."""
+        # All of the rows, however far the budget: harm may sit in one window of a hundred, which a part would miss.
         with phase("budget check"):
-            rise, stderr = self._rise(budget)
+            losses = token_losses(self._model, self._rows)
+            rise, stderr = loss_rise(losses, self._original, self._unseen)
         with phase("recall"):
-            recalls = recall(self._model, self._tokenizer, self._facts) if facts else {}
-        return Measure(recalls, float(self._original.mean()) * (1 + rise), rise, stderr)
-
-    def _rise(self, budget: float | None) -> tuple[float, float]:
-        losses = self._original[:0]
-        for rows in self._rows.split(FIRST_LOOK):
-            losses = torch.cat([losses, token_losses(self._model, rows)])
-            unseen = 1 - len(losses) / self._windows
-            rise, stderr = loss_rise(losses, self._original[: len(losses)], unseen)
-            if budget is not None and rise + CLEAR * stderr < budget:
-                break
-        return rise, stderr
+            recalls = recall(self._model, self._tokenizer, self._facts)
+        return Measure(recalls, float(losses.mean()), rise, stderr)
 
 
 class _Best:
@@ -213,8 +196,7 @@ class _Best:
 
     def consider(self, number: int, losses: EpochLosses, share: float = 1.0) -> bool:
         """Measure the model after ``share`` of an epoch's change, and report it; whether it is inside the budget."""
-        config = self._report.config
-        now = self._meter.measure(budget=config.budget)
+        now, config = self._meter.measure(), self._report.config
         inside = now.rise_bound <= config.budget
         kept = inside and _better(now, self._report.after)
         self._report.epochs.append(Epoch(number, share * config.rate, losses.breaking, losses.retain, now, kept))
@@ -248,9 +230,7 @@ def share_inside(best: Measure, over: Measure, budget: float) -> float:
     """The share of the way from ``best`` to ``over`` that should end just inside: harm grows as its square, and the
     standard error in proportion.
     """
-    # That of ``best`` may be of less text than will be measured there.
-    error = min(best.rise_stderr, over.rise_stderr)
-    room, slope = budget - best.rise - error, over.rise_stderr - error
+    room, slope = budget - best.rise_bound, over.rise_stderr - best.rise_stderr
     curve = max(over.rise - best.rise, 1e-30)
     root = (slope**2 + 4 * curve * max(room, 0.0)) ** 0.5
     # The larger root of curve x^2 + slope x = room, in the form that loses no digits where the curve is flat.

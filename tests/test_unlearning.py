@@ -334,27 +334,6 @@ def test_the_way_back_aims_inside_the_budget():
         assert best.rise + share**2 * (over.rise - best.rise) + share * over.rise_stderr <= 0.003
 
 
-def test_no_more_text_is_measured_than_the_budget_asks_for(model, tokenizer, monkeypatch):
-    rows = windows(tokenizer, TEXT * 8, 16)
-    measured = []
-    losses_of = unlearning.token_losses
-    monkeypatch.setattr(unlearning, "token_losses", lambda m, rows: measured.append(len(rows)) or losses_of(m, rows))
-    monkeypatch.setattr(unlearning, "FIRST_LOOK", 8)
-    meter = unlearning.Meter(model, tokenizer, [], rows, rows.numel() // 2)
-    with torch.no_grad():
-        model.lm_head.weight.add_(0.01 * torch.randn(model.lm_head.weight.shape))
-    measured.clear()
-    whole = meter.measure()
-    assert sum(measured) == len(rows) // 2
-    assert whole.rise_stderr > 0
-    for budget, looks in ((whole.rise + 1, 1), (whole.rise, len(measured)), (whole.rise - 1, len(measured))):
-        measured.clear()
-        now = meter.measure(budget=budget)
-        assert len(measured) == looks
-        assert now.rise == pytest.approx(whole.rise, abs=6 * now.rise_stderr)
-        assert (now.rise_stderr > whole.rise_stderr) == (looks == 1)
-
-
 def test_an_epoch_that_oversteps_is_taken_back_in_part(model, tokenizer):
     text = "gamma of now then1 some3 " * 200
     teach(model, tokenizer, text)
