@@ -34,6 +34,8 @@ class CIRConfig:
         exact: solve bases from full D x D scatters instead of sketches. Slow and large; a check.
         rate: r, the Frobenius norm of each forget step over all weights together.
         retain_rate: learning rate of the retain step that follows each forget step; 0 leaves it out.
+        growth_weight: of the second term of a forget step's loss, by which the MLPs' outputs must not grow on the facts,
+            see :func:`cir.objectives.mlp_growth`; 0 as in the paper.
         rounding: of updated 16-bit weights, see :func:`cir_kernels.outer_update_`: ``nearest`` drops what is less
             than half a unit in the last place, most of a step on a large model; ``stochastic`` keeps it on average,
             and ``compensated`` in 16 further bits of each updated bfloat16 weight.
@@ -62,6 +64,7 @@ class CIRConfig:
     exact: bool = False
     rate: float = 3.0
     retain_rate: float = 0.03
+    growth_weight: float = 1.0
     rounding: str = "stochastic"
     to_answers: bool = True
     word_dropout: float = 0.4
@@ -101,6 +104,8 @@ class CIRConfig:
         _require(self.rate > 0 and math.isfinite(self.rate), "rate", "a positive number", self.rate)
         finite = math.isfinite(self.retain_rate)
         _require(self.retain_rate >= 0 and finite, "retain_rate", "zero or more", self.retain_rate)
+        finite = math.isfinite(self.growth_weight)
+        _require(self.growth_weight >= 0 and finite, "growth_weight", "zero or more", self.growth_weight)
         _require(self.budget > 0, "budget", "a positive number", self.budget)
         _require(0 <= self.word_dropout < 1, "word_dropout", "a share from 0 to below 1", self.word_dropout)
         recall = self.target_recall
@@ -132,6 +137,7 @@ class CIRConfig:
             rank_background=0,
             rate=0.2,
             retain_rate=3e-4,
+            growth_weight=0.0,
             rounding="nearest",
             to_answers=False,
             word_dropout=0.0,
@@ -152,6 +158,7 @@ class CIRConfig:
             rank_gradient=36,
             rank_background=0,
             retain_rate=0.0,
+            growth_weight=0.0,
             to_answers=False,
             word_dropout=0.0,
         )

@@ -14,11 +14,13 @@ from cir.capture import Capture, Hidden, Tokens
 from cir.config import CIRConfig
 from cir.engine import phase, plain_step, selective_step
 from cir.facts import Batch
-from cir.objectives import OriginalOutput, hidden_retain, mlp_breaking, original_output
+from cir.objectives import OriginalOutput, hidden_retain, mlp_breaking, mlp_growth, original_output, row_norms
 from cir.sites import Target, sites_of
 from cir.subspace import Subspaces, SubspaceStream
 
 logger = logging.getLogger(__name__)
+
+_Originals = tuple[dict[int, OriginalOutput], dict[int, Tensor]]
 
 TOKENS_AT_ONCE = 512
 """Of a step, in one forward and backward: enough to fill a GPU, and what autograd keeps of them stays small."""
@@ -33,10 +35,12 @@ class EpochLosses:
 
 
 class _Step:
-    """Sentences, and what the model said of their counted tokens before any update, by layer."""
+    """Sentences, and what the model said of their counted tokens before any update, by layer: ``norms`` (T,) of all."""
 
-    def __init__(self, batch: Batch, original: dict[int, OriginalOutput], skip_first: int) -> None:
-        self.batch, self.original, self._skip = batch, original, skip_first
+    def __init__(
+        self, batch: Batch, original: dict[int, OriginalOutput], norms: dict[int, Tensor], skip_first: int
+    ) -> None:
+        self.batch, self.original, self.norms, self._skip = batch, original, norms, skip_first
         # As places, found once: a mask would make the host wait for the device wherever it is used.
         self.counted, self.predicting = (
             mask.nonzero().squeeze(1) for mask in (batch.counted(skip_first), batch.predicting(skip_first))
@@ -52,8 +56,14 @@ class _Step:
             batches = self.batch.split(sentences)
             counts = [int(batch.counted(self._skip).sum()) for batch in batches]
             rows = {layer: original.rows.split(counts) for layer, original in self.original.items()}
+            norms = {layer: norm.split(counts) for layer, norm in self.norms.items()}
             self._parts[sentences] = [
-                _Step(batch, {n: replace(o, rows=rows[n][i]) for n, o in self.original.items()}, self._skip)
+                _Step(
+                    batch,
+                    {layer: replace(o, rows=rows[layer][i]) for layer, o in self.original.items()},
+                    {layer: norm[i] for layer, norm in norms.items()},
+                    self._skip,
+                )
                 for i, batch in enumerate(batches)
             ]
         return self._parts[sentences]
@@ -92,8 +102,8 @@ class Forgetter:
         self._common = Subspaces({}, config.mode) if subspaces is None else subspaces
         self._at_once = TOKENS_AT_ONCE
         with phase("record originals"):
-            self._steps = [self._recorded(batch, self._mlp_outputs) for batch in batches]
-            self._retain_steps = [self._recorded(batch, self._hidden) for batch in retain if config.retain_rate]
+            self._steps = [self._recorded(batch, self._to_break) for batch in batches]
+            self._retain_steps = [self._recorded(batch, self._to_keep) for batch in retain if config.retain_rate]
         self._retained = 0
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
 
@@ -143,11 +153,15 @@ class Forgetter:
         return EpochLosses(_mean(breaking) or 0.0, _mean(retain))
 
     def forget_tokens(self, i: int) -> tuple[Tensor, Tokens]:
-        """MLP breaking loss (a scalar) of step ``i``, and its rows at every site, the background collapsed."""
+        """The loss (a scalar) of step ``i``, and its rows at every site, the background collapsed."""
 
         def breaking(part: _Step) -> tuple[Tensor, Hidden]:
             hidden = self._tape.forward(part.batch, part.predicting)
-            return mlp_breaking(hidden.mlp_outputs(self._loss_layers), part.original, part.counted), hidden
+            outputs = hidden.mlp_outputs(hidden.outputs)
+            loss = mlp_breaking(outputs, part.original, part.counted)
+            if self._config.growth_weight:
+                loss = loss + self._config.growth_weight * mlp_growth(outputs, part.norms, part.counted)
+            return loss, hidden
 
         loss, tokens = self._in_parts(self._steps[i], breaking)
         with phase("collapse, background"):
@@ -211,17 +225,17 @@ class Forgetter:
                 self._common = self._stream.solve()
 
     @torch.no_grad()
-    def _recorded(self, batch: Batch, outputs: Callable[[Hidden], dict[int, Tensor]]) -> _Step:
+    def _recorded(self, batch: Batch, record: Callable[[Hidden, Tensor], _Originals]) -> _Step:
         mask = batch.counted(self._config.skip_first)
-        found = outputs(self._tape.forward(batch, mask))
-        original = {layer: original_output(output, mask) for layer, output in found.items()}
-        return _Step(batch, original, self._config.skip_first)
+        return _Step(batch, *record(self._tape.forward(batch, mask), mask), self._config.skip_first)
 
-    def _mlp_outputs(self, hidden: Hidden) -> dict[int, Tensor]:
-        return hidden.mlp_outputs(self._loss_layers)
+    def _to_break(self, hidden: Hidden, mask: Tensor) -> _Originals:
+        outputs = hidden.mlp_outputs(hidden.outputs)
+        norms = {layer: row_norms(output[mask]) for layer, output in outputs.items()}
+        return {layer: original_output(outputs[layer], mask) for layer in self._loss_layers}, norms
 
-    def _hidden(self, hidden: Hidden) -> dict[int, Tensor]:
-        return {self._loss_layers[-1]: hidden.real(hidden.last)}
+    def _to_keep(self, hidden: Hidden, mask: Tensor) -> _Originals:
+        return {self._loss_layers[-1]: original_output(hidden.real(hidden.last), mask)}, {}
 
     @torch.no_grad()
     def _fit_background(self, on_step: Callable[[], object]) -> Subspaces:

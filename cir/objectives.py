@@ -1,4 +1,6 @@
-"""The two losses of the method (arXiv 2509.11816): break what the MLPs say, keep what the model represents."""
+"""The losses of the method (arXiv 2509.11816): break what the MLPs say, keep what the model represents; and ours, that
+nothing grows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+SLACK = 0.01
+"""Growth, in logarithm, that is none: rounding alone makes some, and a gradient with it before the first update."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,30 @@ def mlp_breaking(outputs: Mapping[int, Tensor], originals: Mapping[int, Original
     return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
 
+def mlp_growth(outputs: Mapping[int, Tensor], norms: Mapping[int, Tensor], mask: Tensor) -> Tensor:
+    """Mean over layers l and tokens of max(0, log ||o_l|| - log ||o_l^orig|| - :data:`SLACK`).
+
+    :func:`mlp_breaking` alone is lowered by a layer that shouts too, at ten times its norm and more, and all text with
+    these words in it hears that.
+
+    Args:
+        outputs: MLP outputs o_l (N, D) by layer, at least those in ``norms``.
+        norms: by layer, ||o_l^orig|| (T,) of the tokens in ``mask``.
+        mask: as for :func:`mlp_breaking`.
+    """
+    terms = []
+    for layer, before in norms.items():
+        now = row_norms(outputs[layer][mask])
+        terms.append((now.log() - before.log() - SLACK).clamp_min(0).mean())
+    return torch.stack([term.to(terms[0].device) for term in terms]).mean()
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """(T,) norms above 0 of ``rows`` (T, D), in float32 or more."""
+    norms = _at_least_float(rows).norm(dim=-1)
+    return norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+
 def hidden_retain(hidden: Tensor, original: OriginalOutput, mask: Tensor) -> Tensor:
     """Mean distance ||h - h^orig|| over tokens, over the mean norm ||h^orig||.
 
@@ -54,5 +83,9 @@ def hidden_retain(hidden: Tensor, original: OriginalOutput, mask: Tensor) -> Ten
 
 
 def _beside(rows: Tensor, original: OriginalOutput) -> tuple[Tensor, Tensor]:
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = _at_least_float(rows)
     return rows, original.rows.to(rows.device, non_blocking=True).to(rows.dtype)
+
+
+def _at_least_float(rows: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()

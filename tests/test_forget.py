@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cir.config import CIRConfig
 from cir.engine import selective_step, snapshot
 from cir.facts import load_facts
 from cir.forget import Forgetter
+from cir.objectives import mlp_growth, row_norms
 from cir.sites import find_stack
 from cir.unlearning import benign_batches, fact_batches
 from tests.tiny import TEXT, facts, tiny_llama
@@ -30,17 +32,17 @@ CONFIG = CIRConfig(
 )
 
 
-def epochs(tokenizer, model, number: int = 2, before_epochs=lambda forgetter: None):
+def epochs(tokenizer, model, number: int = 2, before_epochs=lambda forgetter: None, config=CONFIG):
     """The losses of each epoch, and the weights they lead to."""
     stack = find_stack(model)
     targets = stack.targets(2)
-    batches = fact_batches(tokenizer, load_facts(facts()), CONFIG, model.device)
-    retain = benign_batches(tokenizer, TEXT, CONFIG, model.device)
+    batches = fact_batches(tokenizer, load_facts(facts()), config, model.device)
+    retain = benign_batches(tokenizer, TEXT, config, model.device)
     with capture(model, stack, 2) as tape:
-        forgetter = Forgetter(tape, targets, range(1, 3), batches, retain, CONFIG)
+        forgetter = Forgetter(tape, targets, range(1, 3), batches, retain, config)
         forgetter.fit()
         before_epochs(forgetter)
-        losses = [forgetter.epoch(CONFIG.rate) for _ in range(number)]
+        losses = [forgetter.epoch(config.rate) for _ in range(number)]
     return losses, snapshot(targets)
 
 
@@ -80,6 +82,27 @@ def test_one_sentence_that_does_not_fit_is_an_error_that_changes_nothing(tokeniz
     with pytest.raises(torch.OutOfMemoryError):
         epochs(tokenizer, model, before_epochs=from_now_on)
     unchanged(model)
+
+
+def test_what_the_mlps_say_of_the_facts_does_not_grow(tokenizer):
+    def grown(model, norms=None):
+        (batch,) = fact_batches(tokenizer, load_facts(facts()), replace(CONFIG, batch_size=99), model.device)
+        mask = batch.counted(1)
+        with capture(model, find_stack(model), 2) as tape, torch.no_grad():
+            outputs = (hidden := tape.forward(batch, mask)).mlp_outputs(hidden.outputs)
+        if norms is None:
+            return {layer: row_norms(output[mask]) for layer, output in outputs.items()}
+        return float(mlp_growth(outputs, norms, mask))
+
+    after = []
+    for weight in (0.0, 1.0):
+        model = tiny_llama()
+        before = grown(model)
+        config = replace(CONFIG, rate=2.0, retain_rate=0.0, growth_weight=weight)
+        epochs(tokenizer, model, number=4, config=config)
+        after.append(grown(model, before))
+    assert after[0] > 0.2
+    assert after[1] < after[0] / 2
 
 
 class Waits(TorchDispatchMode):
