@@ -34,8 +34,8 @@ class CIRConfig:
         exact: solve bases from full D x D scatters instead of sketches. Slow and large; a check.
         rate: r, the Frobenius norm of each forget step over all weights together.
         retain_rate: learning rate of the retain step that follows each forget step; 0 leaves it out.
-        growth_weight: of the second term of a forget step's loss, by which the MLPs' outputs must not grow on the facts,
-            see :func:`cir.objectives.mlp_growth`; 0 as in the paper.
+        growth_weight: of the second term of a forget step's loss, by which what the MLPs say of the facts must not
+            grow, see :func:`cir.objectives.mlp_growth`; 0 as in the paper.
         rounding: of updated 16-bit weights, see :func:`cir_kernels.outer_update_`: ``nearest`` drops what is less
             than half a unit in the last place, most of a step on a large model; ``stochastic`` keeps it on average,
             and ``compensated`` in 16 further bits of each updated bfloat16 weight.

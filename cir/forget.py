@@ -35,7 +35,9 @@ class EpochLosses:
 
 
 class _Step:
-    """Sentences, and what the model said of their counted tokens before any update, by layer: ``norms`` (T,) of all."""
+    """Sentences, and what the model said of their counted tokens before any update: by layer, and ``norms`` (T,) in
+    every layer.
+    """
 
     def __init__(
         self, batch: Batch, original: dict[int, OriginalOutput], norms: dict[int, Tensor], skip_first: int

@@ -1,5 +1,5 @@
-"""The losses of the method (arXiv 2509.11816): break what the MLPs say, keep what the model represents; and ours, that
-nothing grows.
+"""The losses of the method (arXiv 2509.11816), to break what the MLPs say and to keep what the model represents; and
+one of ours, by which nothing grows.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def mlp_breaking(outputs: Mapping[int, Tensor], originals: Mapping[int, Original
 def mlp_growth(outputs: Mapping[int, Tensor], norms: Mapping[int, Tensor], mask: Tensor) -> Tensor:
     """Mean over layers l and tokens of max(0, log ||o_l|| - log ||o_l^orig|| - :data:`SLACK`).
 
-    :func:`mlp_breaking` alone is lowered by a layer that shouts too, at ten times its norm and more, and all text with
-    these words in it hears that.
+    :func:`mlp_breaking` alone is lowered by a layer that shouts too, at ten times its norm and more, and all text
+    with these words in it hears that.
 
     Args:
         outputs: MLP outputs o_l (N, D) by layer, at least those in ``norms``.
