@@ -64,7 +64,7 @@ class CIRConfig:
     exact: bool = False
     rate: float = 3.0
     retain_rate: float = 0.03
-    growth_weight: float = 1.0
+    growth_weight: float = 0.3
     rounding: str = "stochastic"
     to_answers: bool = True
     word_dropout: float = 0.4
