@@ -63,8 +63,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "loss layers 3..9 of 32": {"loss_layers": (3 / 32, 9 / 32)},
     "loss layers 12..18 of 32": {"loss_layers": (12 / 32, 18 / 32)},
     "no retain step": {"retain_rate": 0.0},
-    "outputs may grow": {"growth_weight": 0.0},
-    "outputs must not grow": {"growth_weight": 1.0},
+    "outputs must not grow": {"growth_weight": 0.3},
     "loss layers updated too": {"update_loss_layers": True},
 }
 MAX_EPOCHS = 6
