@@ -35,8 +35,8 @@ class EpochLosses:
 
 
 class _Step:
-    """Sentences, and what the model said of their counted tokens before any update: by layer, and ``norms`` (T,) in
-    every layer.
+    """Sentences, and what the model said of their counted tokens before any update: by layer, and, where
+    growth counts, its ``norms`` (T,) in every layer.
     """
 
     def __init__(
@@ -159,9 +159,9 @@ class Forgetter:
 
         def breaking(part: _Step) -> tuple[Tensor, Hidden]:
             hidden = self._tape.forward(part.batch, part.predicting)
-            outputs = hidden.mlp_outputs(hidden.outputs)
+            outputs = hidden.mlp_outputs({*part.original, *part.norms})
             loss = mlp_breaking(outputs, part.original, part.counted)
-            if self._config.growth_weight:
+            if part.norms:
                 loss = loss + self._config.growth_weight * mlp_growth(outputs, part.norms, part.counted)
             return loss, hidden
 
@@ -232,9 +232,10 @@ class Forgetter:
         return _Step(batch, *record(self._tape.forward(batch, mask), mask), self._config.skip_first)
 
     def _to_break(self, hidden: Hidden, mask: Tensor) -> _Originals:
-        outputs = hidden.mlp_outputs(hidden.outputs)
-        norms = {layer: row_norms(output[mask]) for layer, output in outputs.items()}
-        return {layer: original_output(outputs[layer], mask) for layer in self._loss_layers}, norms
+        broken = hidden.mlp_outputs(self._loss_layers)
+        held = hidden.mlp_outputs(hidden.outputs) if self._config.growth_weight else {}
+        norms = {layer: row_norms(output[mask]) for layer, output in held.items()}
+        return {layer: original_output(output, mask) for layer, output in broken.items()}, norms
 
     def _to_keep(self, hidden: Hidden, mask: Tensor) -> _Originals:
         return {self._loss_layers[-1]: original_output(hidden.real(hidden.last), mask)}, {}
