@@ -42,7 +42,7 @@ class Workload:
 
     def __init__(self, fact_files: list[str]) -> None:
         # Of both forms the forget step alone, on whole sentences, as the paper has them.
-        self.config = CIRConfig(to_answers=False, word_dropout=0.0, retain_rate=0.0)
+        self.config = CIRConfig(growth_weight=0.0, to_answers=False, word_dropout=0.0, retain_rate=0.0)
         self.model, tokenizer = load_model(demo_model(), device="cpu")
         self.stack = find_stack(self.model)
         self.layers = self.config.layers(len(self.stack.mlps))

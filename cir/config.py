@@ -35,8 +35,8 @@ class CIRConfig:
         rate: r, the Frobenius norm of each forget step over all weights together.
         retain_rate: learning rate of the retain step that follows each forget step; 0 leaves it out.
         growth_weight: of a second term of a forget step's loss, by which what the MLPs say of the facts must not
-            grow, see :func:`cir.objectives.mlp_growth`; 0 as in the paper. 0.3 spares text with the words that all
-            facts share, and takes more epochs.
+            grow, see :func:`cir.objectives.mlp_growth`: it spares text with the words that all facts share, and takes
+            more epochs. 0 as in the paper.
         rounding: of updated 16-bit weights, see :func:`cir_kernels.outer_update_`: ``nearest`` drops what is less
             than half a unit in the last place, most of a step on a large model; ``stochastic`` keeps it on average,
             and ``compensated`` in 16 further bits of each updated bfloat16 weight.
@@ -65,7 +65,7 @@ class CIRConfig:
     exact: bool = False
     rate: float = 3.0
     retain_rate: float = 0.03
-    growth_weight: float = 0.0
+    growth_weight: float = 0.3
     rounding: str = "stochastic"
     to_answers: bool = True
     word_dropout: float = 0.4
@@ -138,6 +138,7 @@ class CIRConfig:
             rank_background=0,
             rate=0.2,
             retain_rate=3e-4,
+            growth_weight=0.0,
             rounding="nearest",
             to_answers=False,
             word_dropout=0.0,
@@ -158,6 +159,7 @@ class CIRConfig:
             rank_gradient=36,
             rank_background=0,
             retain_rate=0.0,
+            growth_weight=0.0,
             to_answers=False,
             word_dropout=0.0,
         )

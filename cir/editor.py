@@ -282,7 +282,8 @@ class Editor:
         common = self._subspaces.then(spanned(self._targets, [edit.factors for edit in self.edits], self._subspaces))
         kept: list[Update] = []
         with capture(self._model, self._stack, self._layers[-1]) as tape:
-            as_unlearning = CIRConfig(skip_first=config.skip_first)
+            # What other facts begin with, the contrast facts keep; to hold down the rest costs steps.
+            as_unlearning = CIRConfig(skip_first=config.skip_first, growth_weight=0.0)
             forgetter = Forgetter(tape, self._targets, self._layers, [batch], [], as_unlearning, common)
             while len(kept) < config.max_steps:
                 new: list[Update] = []

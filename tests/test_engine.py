@@ -97,6 +97,7 @@ def paper_and_ours(make, tokenizer, config):
 def test_sequential_and_exact_our_update_is_the_papers(tokenizer, dtype, bound):
     config = CIRConfig(
         mode="sequential",
+        growth_weight=0.0,
         exact=True,
         rank_activation=5,
         rank_gradient=7,

@@ -8,7 +8,7 @@ import torch
 
 from bench import quality
 from bench.baselines import BASELINES
-from bench.quality import Bench, Rows, Task, compare, put, report, untouched
+from bench.quality import Bench, Outcome, Rows, Task, compare, put, report, untouched
 from cir.facts import load_facts
 from cir.report import Measure
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
@@ -79,7 +79,7 @@ def test_an_overstep_goes_back_along_its_line_to_the_budget(bench, monkeypatch, 
         assert max(shares) - min(shares) < 1e-3
         return shares[0]
 
-    monkeypatch.setattr(bench.meter, "measure", measure)
+    monkeypatch.setattr(bench, "harm", measure)
     with bench.restored():
         put(bench.model.parameters(), [w + s for w, s in zip(inside, step, strict=True)])
         found = bench.back_to_budget(inside, Measure({}, 1.0), measure(), budget=0.004)
@@ -87,3 +87,15 @@ def test_an_overstep_goes_back_along_its_line_to_the_budget(bench, monkeypatch, 
         assert found.rise == pytest.approx(measure().rise)
         assert bench.back_to_budget(inside, Measure({}, 1.0), measure(), budget=-1).rise == 0
         assert bench.change() == 0
+
+
+def test_harm_that_the_loss_hides_counts_in_kl(bench, monkeypatch):
+    monkeypatch.setattr(bench.meter, "measure", lambda: Measure({}, 0.5, -0.03, 0.0002))
+    assert bench.harm().rise == pytest.approx(0, abs=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    with bench.restored():
+        noisy = [w + 0.3 * w.std() * torch.randn(w.shape, generator=generator) for w in bench.weights]
+        put(bench.model.parameters(), noisy)
+        assert bench.harm().rise == bench.kl() / bench.before.loss > 0.003
+    lowered = replace(bench.before, loss=0.97 * bench.before.loss)
+    assert bench.rise(Outcome(lowered, [], 0.0, []))["rise"] == pytest.approx(-0.03)

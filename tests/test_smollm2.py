@@ -47,7 +47,7 @@ def forgotten(smollm2, shared_data):
     weights = snapshot(targets)
     relearned, probed = (load_facts(shared_data / f"capitals-{name}.jsonl") for name in ("relearn", "probe"))
     valid, test = ((shared_data / f"wikitext2-{name}.txt").read_text() for name in ("valid", "test"))
-    config = CIRConfig(budget=0.003, disruption_tokens=8192, max_epochs=3)
+    config = CIRConfig(budget=0.003, disruption_tokens=8192, max_epochs=4)
     before = mean_recall(recall(model, tokenizer, probed)), text_loss(model, tokenizer, test, max_tokens=8192)
     report = cir.unlearn(
         model, tokenizer, [*probed, *relearned], retain=valid, disruption=test, config=config, progress=False
