@@ -25,7 +25,7 @@ from cir import EditConfig, EditError, Editor, Fact, Subspaces, load_facts, rele
 from cir.checkpoints import demo_model, load_model
 from cir.demo import DATA
 from cir.engine import fingerprint, restore, snapshot
-from cir.evaluation import loss_rise, recall, spread, token_losses
+from cir.evaluation import loss_rise, recall, sample, token_losses
 from cir.facts import sentence_batches, windows
 from cir.sites import find_stack
 from cir.unlearning import builtin_text
@@ -46,8 +46,8 @@ class Bench:
         self.facts, self.contrast = load_all(arguments.facts), load_all(arguments.contrast)
         text = builtin_text() if arguments.text is None else Path(arguments.text).read_text(encoding="utf-8")
         measured = text if arguments.measured is None else Path(arguments.measured).read_text(encoding="utf-8")
-        self.rows = spread(windows(self.tokenizer, measured, 256), 8192)
-        self.losses = token_losses(self.model, self.rows)
+        self.text = sample(windows(self.tokenizer, measured, 256), 8192)
+        self.losses = token_losses(self.model, self.text.rows)
         self.recalls = self.recall(self.facts)
         started = time.perf_counter()
         subspaces = Subspaces.fit(self.model, self.tokenizer, text, self.contrast, progress=False)
@@ -102,7 +102,7 @@ class Bench:
     def measure(self, forgotten: Sequence[Fact]) -> dict[str, Any]:
         ids = {fact.id for fact in forgotten}
         now = self.recall(self.facts)
-        rise, stderr = loss_rise(token_losses(self.model, self.rows), self.losses, 1.0)
+        rise, stderr = loss_rise(token_losses(self.model, self.text.rows), self.losses, self.text)
         return {
             "target_share": share(now, self.recalls, ids),
             "kept_share": share(now, self.recalls, now.keys() - ids),

@@ -49,8 +49,9 @@ class CIRConfig:
         skip_first: tokens at the start of each sentence that count nowhere (attention sinks).
         max_epochs: update epochs at most, after the one that only fits bases.
         budget: highest relative rise of the loss on the disruption text.
-        disruption_tokens: tokens of that text measured after each epoch, evenly spread; None for all. The fewer
-            they are, the larger the standard error that is kept free below the budget.
+        disruption_tokens: tokens of that text measured after each epoch, half of them where it is nearest the facts,
+            the others evenly spread; None for all. The fewer they are, the larger the standard error that is kept
+            free below the budget.
         target_recall: stop once mean recall is at or below this; None to go on to the budget.
         seed: of every random choice.
     """

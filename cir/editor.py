@@ -17,7 +17,7 @@ from cir.capture import Tokens, capture
 from cir.config import CIRConfig, EditConfig
 from cir.edits import Edit, State, add_factors, factorise, spanned
 from cir.engine import add_outer, fingerprint, restore, selective_step, snapshot
-from cir.evaluation import loss_rise, mean_recall, recall, spread, token_losses
+from cir.evaluation import loss_rise, mean_recall, recall, sample, token_losses
 from cir.facts import Batch, Fact, load_facts, pad, probed, rows_to_answers, windows
 from cir.fitting import check_fitted_on
 from cir.forget import Forgetter
@@ -95,8 +95,7 @@ class Editor:
         every = -(-len(facts) // self.config.neighbours) or 1
         self._neighbours = [replace(fact, probes=fact.probes[:1]) for fact in facts[::every]]
         rows = windows(tokenizer, builtin_text() if text is None else text, DISRUPTION_WINDOW)
-        self._text = spread(rows, self.config.text_tokens)
-        self._unseen = 1 - len(self._text) / len(rows)
+        self._text = sample(rows, self.config.text_tokens)
         self._base = snapshot(self._targets)
         self._entries: list[_Entry] = []
         self._losses: dict[tuple[int, ...], Tensor] = {}
@@ -229,7 +228,7 @@ class Editor:
             active = self._active()
             try:
                 self._write([other for other in active if other.number < entry.edit.number])
-                original = token_losses(self._model, self._text)
+                original = token_losses(self._model, self._text.rows)
                 self._write([edit if other.number == entry.edit.number else other for other in active])
                 fact = entry.edit.fact
                 state = self._state(fact, original)[0]
@@ -327,8 +326,8 @@ class Editor:
         return before
 
     def _state(self, fact: Fact, original: Tensor) -> tuple[State, Tensor]:
-        losses = token_losses(self._model, self._text)
-        rise, stderr = loss_rise(losses, original, self._unseen)
+        losses = token_losses(self._model, self._text.rows)
+        rise, stderr = loss_rise(losses, original, self._text)
         return replace(self._look(fact), rise=rise, rise_stderr=stderr), losses
 
     def _recall(self, fact: Fact) -> float:
@@ -344,7 +343,7 @@ class Editor:
         """Of each token of the text, measured once for every set of edits."""
         key = self._in_effect()
         if key not in self._losses:
-            self._losses[key] = token_losses(self._model, self._text)
+            self._losses[key] = token_losses(self._model, self._text.rows)
         return self._losses[key]
 
     def _in_effect(self) -> tuple[int, ...]:

@@ -278,16 +278,64 @@ def score(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[
     return [scores[i] for i in range(len(encoded))]
 
 
-def loss_rise(losses: Tensor, original: Tensor, unseen: float) -> tuple[float, float]:
-    """Relative rise of the mean loss over windows (N, L), and its standard error.
-
-    ``unseen`` is the share of the text outside those windows: of a finite text what was seen is known, so that
-    nothing is in doubt where all of it was.
+@dataclass(frozen=True)
+class Sample:
+    """Windows ``rows`` (n, L) of a text of ``count``: the first ``near`` stand for themselves, the others, evenly
+    spread over the rest of the text, for all of that.
     """
-    # Windows, not tokens, are the independent unit: the tokens of one share their context.
-    rises = (losses - original).mean(1) / original.mean()
-    stderr = float(rises.std()) * (unseen / len(rises)) ** 0.5 if unseen and len(rises) > 1 else 0.0
-    return float(rises.mean()), stderr
+
+    rows: Tensor
+    near: int
+    count: int
+
+    def mean(self, values: Tensor) -> tuple[float, float]:
+        """Mean over the text of ``values`` (n,), one a window, and its standard error: 0 where all was measured."""
+        # Windows, not tokens, are the independent unit: the tokens of one share their context.
+        values, left = values.double(), self.count - self.near
+        known, rest = values[: self.near], values[self.near :]
+        if not len(rest):
+            return float(known.mean()), 0.0
+        unseen = 1 - len(rest) / left
+        stderr = float(rest.std()) * (unseen / len(rest)) ** 0.5 if unseen and len(rest) > 1 else 0.0
+        return float(known.sum() + left * rest.mean()) / self.count, stderr * left / self.count
+
+
+def sample(rows: Tensor, tokens: int | None, near: Sequence[Sequence[int]] = ()) -> Sample:
+    """At most ``tokens`` tokens of a text's windows ``rows`` (N, L): whole windows, two or three at least.
+
+    Half of them are those nearest the token ids of the sentences ``near``, where there are any: harm to a text is
+    rare and large where it has the words that the facts share, so that an even sample tells little of it.
+    """
+    if tokens is None or rows.numel() <= tokens:
+        return Sample(rows, len(rows), len(rows))
+    size = min(max(3 if near else 2, tokens // rows.shape[1]), len(rows))
+    first = size // 2 if near else 0
+    order = _nearness(rows, near).argsort(descending=True, stable=True) if near else torch.arange(len(rows))
+    rest = order[first:].sort().values
+    chosen = rest[torch.linspace(0, len(rest) - 1, size - first).round().long()]
+    return Sample(rows[torch.cat([order[:first], chosen])], first, len(rows))
+
+
+def _nearness(rows: Tensor, sentences: Sequence[Sequence[int]]) -> Tensor:
+    """(N,) TF-IDF: by token of a window, the share of the sentences with it times log of one over that of windows."""
+    ordered = rows.sort(1).values
+    new = torch.cat([torch.ones_like(ordered[:, :1]), ordered.diff(dim=1)], 1) != 0
+    windows_with = torch.bincount(ordered[new])
+    sentences_with = torch.zeros(len(windows_with), dtype=torch.float64)
+    for sentence in sentences:
+        ids = torch.tensor(sorted(set(sentence)), dtype=torch.long)
+        sentences_with[ids[ids < len(windows_with)]] += 1 / len(sentences)
+    weight = sentences_with * (len(rows) / windows_with.clamp_min(1)).log()
+    return (weight[ordered] * new).sum(1)
+
+
+def loss_rise(losses: Tensor, original: Tensor, of: Sample) -> tuple[float, float]:
+    """Relative rise over a text of the mean loss, and its standard error, from those of the sample's windows
+    (n, L - 1), now and originally.
+    """
+    before = of.mean(original.mean(1))[0]
+    rise, stderr = of.mean((losses - original).mean(1))
+    return rise / before, stderr / before
 
 
 def token_losses(model: Any, rows: Tensor) -> Tensor:
@@ -344,10 +392,7 @@ def _windows_a_forward(rows: Tensor) -> int:
 
 def spread(rows: Tensor, tokens: int | None) -> Tensor:
     """At most ``tokens`` tokens of ``rows`` (N, L): whole windows, two at least, evenly spread over the text."""
-    if tokens is None or rows.numel() <= tokens:
-        return rows
-    count = max(2, tokens // rows.shape[1])
-    return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
+    return sample(rows, tokens).rows
 
 
 def text_loss(model: Any, tokenizer: Any, text: str, *, window: int = 256, max_tokens: int | None = None) -> float:

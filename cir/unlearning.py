@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from cir.capture import capture
 from cir.config import CIRConfig
 from cir.engine import NonFiniteError, interpolate, phase, restore, snapshot
-from cir.evaluation import loss_rise, recall, spread, token_losses, unknown_facts
+from cir.evaluation import loss_rise, recall, sample, token_losses, unknown_facts
 from cir.facts import Batch, Fact, batches_of, leaking, load_facts, rows_to_answers, sentence_rows, windows
 from cir.forget import EpochLosses, Forgetter
 from cir.report import Clock, Epoch, Measure, Report, hash_facts, library_versions, peak_memory
@@ -162,14 +162,16 @@ def builtin_text() -> str:
 
 
 class Meter:
-    """Measures the model against its state when the meter was made, on at most ``tokens`` of ``rows`` (N, L)."""
+    """Measures the model against its state when the meter was made, on at most ``tokens`` of ``rows`` (N, L), half of
+    them where the text is nearest the facts.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor, tokens: int | None) -> None:
         self._model, self._tokenizer, self._facts = model, tokenizer, facts
-        self._rows = spread(rows, tokens)
-        self._unseen = 1 - len(self._rows) / len(rows)
+        near = tokenizer([sentence for fact in facts for sentence in fact.sentences])["input_ids"]
+        self._sample = sample(rows, tokens, near)
         with phase("budget check"):
-            self._original = token_losses(model, self._rows)
+            self._original = token_losses(model, self._sample.rows)
         if not torch.isfinite(self._original).all():
             raise NonFiniteError(
                 "expected a finite loss on the disruption text before any update, got NaN or infinity"
@@ -177,13 +179,12 @@ class Meter:
 
     def measure(self) -> Measure:
         """The loss, and what is recalled of the facts."""
-        # All of the rows, however far the budget: harm may sit in one window of a hundred, which a part would miss.
         with phase("budget check"):
-            losses = token_losses(self._model, self._rows)
-            rise, stderr = loss_rise(losses, self._original, self._unseen)
+            losses = token_losses(self._model, self._sample.rows)
+            rise, stderr = loss_rise(losses, self._original, self._sample)
         with phase("recall"):
             recalls = recall(self._model, self._tokenizer, self._facts)
-        return Measure(recalls, float(losses.mean()), rise, stderr)
+        return Measure(recalls, self._sample.mean(losses.mean(1))[0], rise, stderr)
 
 
 class _Best:

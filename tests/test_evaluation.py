@@ -11,6 +11,7 @@ from cir.evaluation import (
     letter_probabilities,
     recall,
     reference_of,
+    sample,
     text_loss,
     token_losses,
     unknown_facts,
@@ -132,3 +133,45 @@ def test_recall_of_a_question_without_probes_is_that_of_its_letter(model, tokeni
     assert answer == 1
     assert sum(letters) == pytest.approx(1)
     assert recall(model, tokenizer, [item]) == {"fact-1": pytest.approx(letters[1])}
+
+
+def test_a_sample_near_the_sentences_sees_rare_large_harm_for_what_it_is():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(10, 500, (400, 32), generator=generator)
+    words = torch.tensor([3, 7])  # in few windows of the text, and in every sentence
+    hit = torch.randperm(400, generator=generator)[:6]
+    rows[hit, 5:7] = words
+    sentences = [[20 + i, 3, 7] for i in range(10)]
+    harm = 0.01 * torch.randn(400, generator=generator)
+    harm[hit] += 3
+    of = sample(rows, 40 * 32, sentences)
+    assert len(of.rows) == 40
+    assert {int(i) for i in hit} <= {places(rows)[tuple(row)] for row in of.rows[: of.near].tolist()}
+    value, stderr = of.mean(at(rows, of.rows, harm))
+    assert value == pytest.approx(float(harm.double().mean()), abs=4 * stderr)
+    assert 0 < stderr < 0.003
+    even = sample(rows, 40 * 32)
+    assert even.near == 0
+    assert abs(even.mean(at(rows, even.rows, harm))[0] - float(harm.mean())) > 10 * stderr
+    everything = sample(rows, None, sentences)
+    value, stderr = everything.mean(at(rows, everything.rows, harm))
+    assert value == pytest.approx(float(harm.double().mean()))
+    assert stderr == 0
+
+
+@pytest.mark.parametrize(("windows_of_text", "tokens"), [(1, 8), (2, 8), (3, 8), (50, 1), (50, 33)])
+def test_a_sample_of_few_windows_has_an_error(windows_of_text, tokens):
+    rows = torch.arange(windows_of_text * 8).view(-1, 8)
+    of = sample(rows, tokens, [[1, 2]])
+    assert len(of.rows) <= max(3, tokens // 8)
+    value, stderr = of.mean(torch.arange(len(of.rows)))
+    assert value >= 0
+    assert (stderr > 0) == (len(of.rows) < len(rows))
+
+
+def places(rows):
+    return {tuple(row): i for i, row in enumerate(rows.tolist())}
+
+
+def at(rows, chosen, values):
+    return values[[places(rows)[tuple(row)] for row in chosen.tolist()]]
