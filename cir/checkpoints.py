@@ -26,8 +26,9 @@ def load_model(source: str | Path, *, device: str | None = None, dtype: str = "a
     Raises:
         FileNotFoundError: if ``source`` looks like a file that is not there.
         OSError: if transformers finds no such model.
+        MemoryError: if its weights are larger than the free memory of ``device``; nothing is read then.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(source)
     gguf = path.suffix == ".gguf"
@@ -37,12 +38,37 @@ def load_model(source: str | Path, *, device: str | None = None, dtype: str = "a
     name = str(path.parent if gguf else source)
     if gguf and dtype == "auto":
         dtype = "float32"
+    where_to = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_fits(AutoConfig.from_pretrained(name, **where), dtype, where_to)
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
     if gguf:
         _forget_quantizer(model)
-    where_to = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.to(where_to).eval(), tokenizer
+
+
+def _check_fits(config: Any, dtype: str, device: torch.device) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+    need, have = sum(p.numel() * p.element_size() for p in model.parameters()), free_memory(device)
+    if have is not None and need > have:
+        raise MemoryError(
+            f"expected {need / 2**30:.2f} GiB of free memory on {device} for the weights in {model.dtype}, "
+            f"got {have / 2**30:.2f} GiB"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on a GPU or, on Linux, on the host; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
 def _forget_quantizer(model: Any) -> None:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence_transformers()
     try:
         return arguments.run(arguments)
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         print(f"cir: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -259,6 +259,22 @@ def test_everything_imports_without_triton():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(files, monkeypatch, capsys):
+    model, _ = checkpoints.load_model(files / "model", device="cpu")
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: need)
+    checkpoints.load_model(files / "model", device="cpu")
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: need - 1)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("read"))
+    assert run(files, *UNLEARN, "--out", "IN/out") == 1
+    assert "GiB of free memory on cpu for the weights in torch.float32, got" in capsys.readouterr().err
+
+
+def test_free_memory_is_told_where_the_system_tells_it():
+    free = checkpoints.free_memory(torch.device("cpu"))
+    assert free is None or free > 2**20
+
+
 def test_a_dequantized_gguf_can_be_saved(smollm2, tmp_path):
     model, tokenizer = smollm2
     model.save_pretrained(tmp_path / "m")
