@@ -49,7 +49,7 @@ class Workload:
         self.targets: list[Target] = self.stack.targets(self.layers[-1])
         facts = [fact for file in fact_files for fact in load_facts(file)]
         self.batches = fact_batches(tokenizer, facts, self.config, self.model.device)
-        self.retain, _ = text_batches(tokenizer, facts, None, None, self.config, self.model.device)
+        self.retain, _ = text_batches(tokenizer, None, None, self.config, self.model.device)
         self.weights = snapshot(self.targets)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)

@@ -117,7 +117,7 @@ class Bench:
         self.model, self.tokenizer = load_model(source)
         self.weights = [parameter.detach().to("cpu", copy=True) for parameter in self.model.parameters()]
         # Losses of the original, against which every method is measured.
-        _, rows = text_batches(self.tokenizer, task.facts, task.retain, task.disruption, CIR, self.model.device)
+        _, rows = text_batches(self.tokenizer, task.retain, task.disruption, CIR, self.model.device)
         self.meter = Meter(self.model, self.tokenizer, task.facts, rows, task.tokens)
         self.reference = reference_of(self.model, spread(rows, min(task.tokens, KL_TOKENS)))
         self.before = self.meter.measure()
@@ -170,7 +170,7 @@ class Bench:
         # Whole sentences, and about as many retain tokens a step, as the papers have it.
         settings = replace(CIR, seed=seed, to_answers=False, word_dropout=0.0, retain_batch_size=4)
         batches = fact_batches(self.tokenizer, self.task.facts, settings, self.model.device)
-        retain, _ = text_batches(self.tokenizer, self.task.facts, self.task.retain, None, settings, self.model.device)
+        retain, _ = text_batches(self.tokenizer, self.task.retain, None, settings, self.model.device)
         epochs, left, steps, found = self.task.epochs, sorted(budgets), [], {}
         started = time.perf_counter()
         with (

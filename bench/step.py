@@ -140,9 +140,7 @@ class Run:
             cir.unlearn(self.model, self.tokenizer, self.facts, **options, progress=False)
             return
         batches = fact_batches(self.tokenizer, self.facts, self.config, self.device)
-        retain, rows = text_batches(
-            self.tokenizer, self.facts, self.retain, self.disruption, self.config, self.device
-        )
+        retain, rows = text_batches(self.tokenizer, self.retain, self.disruption, self.config, self.device)
         rows = rows[: self.config.disruption_tokens // rows.shape[1]]
         before = token_losses(self.model, rows)
         weights = [target.linear.weight.requires_grad_(True) for target in self.targets]

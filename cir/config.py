@@ -44,8 +44,7 @@ class CIRConfig:
             :func:`cir.facts.rows_to_answers`. Sentences of facts without probes are always whole.
         word_dropout: beside each sentence, break one without this share of its tokens, drawn once; 0 for none.
         batch_size: sentences a forget step. retain_batch_size: windows a retain step.
-        retain_length: tokens of a retain window. retain_tokens: of the whole text,
-            used at most, half of them where it is nearest the facts.
+        retain_length: tokens of a retain window. retain_tokens: of the whole text, used at most.
         max_length: tokens allowed in a sentence.
         skip_first: tokens at the start of each sentence that count nowhere (attention sinks).
         max_epochs: update epochs at most, after the one that only fits bases.

@@ -81,7 +81,7 @@ def unlearn(
     config.check_ranks(sites_of(targets))
     config.check_rounding(targets[0].linear.weight.dtype)
     batches = fact_batches(tokenizer, facts, config, model.device)
-    retain_batches, disruption_rows = text_batches(tokenizer, facts, retain, disruption, config, model.device)
+    retain_batches, disruption_rows = text_batches(tokenizer, retain, disruption, config, model.device)
     steps = config.max_epochs * len(batches)
     if subspaces is None:
         steps += len(batches) + (len(retain_batches) if config.rank_background else 0)
@@ -168,7 +168,8 @@ class Meter:
 
     def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor, tokens: int | None) -> None:
         self._model, self._tokenizer, self._facts = model, tokenizer, facts
-        self._sample = sample(rows, tokens, sentence_ids(tokenizer, facts))
+        near = tokenizer([sentence for fact in facts for sentence in fact.sentences])["input_ids"]
+        self._sample = sample(rows, tokens, near)
         with phase("budget check"):
             self._original = token_losses(model, self._sample.rows)
         if not torch.isfinite(self._original).all():
@@ -260,20 +261,10 @@ def fact_batches(tokenizer: Any, facts: Sequence[Fact], config: CIRConfig, devic
     return [batch.to(device) for batch in batches_of(rows, config.batch_size)]
 
 
-def sentence_ids(tokenizer: Any, facts: Sequence[Fact]) -> list[list[int]]:
-    """Token ids of all their sentences, by which :func:`cir.evaluation.sample` finds what is near them."""
-    return tokenizer([sentence for fact in facts for sentence in fact.sentences])["input_ids"]
-
-
 def text_batches(
-    tokenizer: Any,
-    facts: Sequence[Fact],
-    retain: str | None,
-    disruption: str | None,
-    config: CIRConfig,
-    device: torch.device,
+    tokenizer: Any, retain: str | None, disruption: str | None, config: CIRConfig, device: torch.device
 ) -> tuple[list[Batch], torch.Tensor]:
-    """Batches of retain windows, half of them nearest the facts, and the windows (N, L) for the budget."""
+    """Batches of retain windows, and the windows (N, L) on which the budget is measured."""
     rows = windows(tokenizer, builtin_text() if retain is None else retain, config.retain_length)
     if disruption is not None:
         measured = windows(tokenizer, disruption, DISRUPTION_WINDOW)
@@ -285,7 +276,7 @@ def text_batches(
                 f"held out for the budget, got {len(rows)}"
             )
         rows, measured = rows[:kept], rows[kept:]
-    return _shuffled_batches(rows, config, device, sentence_ids(tokenizer, facts)), measured
+    return _shuffled_batches(rows, config, device), measured
 
 
 def benign_batches(tokenizer: Any, text: str, config: CIRConfig, device: torch.device) -> list[Batch]:
@@ -293,11 +284,9 @@ def benign_batches(tokenizer: Any, text: str, config: CIRConfig, device: torch.d
     return _shuffled_batches(windows(tokenizer, text, config.retain_length), config, device)
 
 
-def _shuffled_batches(
-    rows: torch.Tensor, config: CIRConfig, device: torch.device, near: Sequence[Sequence[int]] = ()
-) -> list[Batch]:
-    rows = sample(rows, config.retain_tokens, near).rows
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))]
+def _shuffled_batches(rows: torch.Tensor, config: CIRConfig, device: torch.device) -> list[Batch]:
+    shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))]
+    rows = shuffled[: config.retain_tokens // config.retain_length]
     return [
         Batch(chunk, torch.ones_like(chunk, dtype=torch.bool)).to(device)
         for chunk in rows.split(config.retain_batch_size)

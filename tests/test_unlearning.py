@@ -17,7 +17,7 @@ from cir.evaluation import text_loss
 from cir.facts import load_facts, windows
 from cir.report import Measure
 from cir.sites import find_stack
-from cir.unlearning import fact_batches, text_batches
+from cir.unlearning import fact_batches
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama
 
 CONFIG = CIRConfig(
@@ -310,17 +310,6 @@ def test_word_dropout_adds_sentences_without_some_words(model, tokenizer):
     assert len(thinned) > len(whole) / 2
     for row in thinned:
         assert any(is_part(row, sentence) and row[-1] == sentence[-1] for sentence in whole)
-
-
-def test_retain_windows_are_those_nearest_the_facts_and_others(model, tokenizer):
-    words = TEXT.split()
-    words[40:60] = ["gamma", "of"] * 10  # what the facts say, in one place of a long text
-    config = change(retain_tokens=8 * 32)
-    batches, _ = text_batches(tokenizer, load_facts(facts()), " ".join(words), TEXT, config, model.device)
-    rows = torch.cat([batch.input_ids for batch in batches])
-    assert rows.shape == (8, 32)
-    assert len(rows.unique(dim=0)) == 8
-    assert int((rows == tokenizer.convert_tokens_to_ids("gamma")).sum()) == 10
 
 
 def is_part(row, sentence) -> bool:
