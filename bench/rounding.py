@@ -1,0 +1,124 @@
+"""What rounding an update to bfloat16 weights drops, and what that costs: forgetting at equal disruption.
+
+    python -m bench.rounding [--facts A.jsonl ...] [--retain R.txt --disruption D.txt] [--epochs 2]
+
+SmolLM2-135M with its weights rounded to bfloat16, then unlearned with each rounding of the updates, and with none.
+They lie in float32, whose products are faster on a CPU; every update leaves them with values of bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import cir
+from bench.records import ROOT, write_rows
+from cir import CIRConfig, load_facts
+from cir.checkpoints import demo_model, load_model
+from cir.demo import DATA
+from cir.engine import restore, snapshot
+from cir.sites import find_stack
+from cir.unlearning import interpolate
+from cir_kernels import outer_update_
+from cir_kernels.rounding import ROUNDINGS
+
+
+class Rounded:
+    """Stands in for :func:`cir_kernels.outer_update_` on float32 weights that hold bfloat16 values.
+
+    Attributes:
+        kept, wanted: sums over the updates of <done, wanted> and <wanted, wanted>.
+    """
+
+    def __init__(self, rounding: str | None) -> None:
+        self.rounding = rounding
+        self.kept = self.wanted = 0.0
+        self.remainders: dict[int, Tensor] = {}
+
+    def update_(self, weight: Tensor, g: Tensor, a: Tensor, scale: float, *, seed: int, **_: Any) -> None:
+        before = weight.clone()
+        outer_update_(weight, g, a, scale)
+        if self.rounding is None:
+            return
+        wanted, narrow = weight - before, before.bfloat16()
+        remainder = None
+        if self.rounding == "compensated":
+            remainder = self.remainders.setdefault(id(weight), torch.zeros_like(narrow, dtype=torch.int16))
+        outer_update_(narrow, g, a, scale, rounding=self.rounding, seed=seed, remainder=remainder)
+        weight.copy_(narrow)
+        self.kept += float(((weight - before).double() * wanted).sum())
+        self.wanted += float(wanted.double().square().sum())
+
+    def interpolate(self, targets: Any, weights: Any, share: float) -> None:
+        interpolate(targets, weights, share)
+        if self.rounding is not None:
+            restore(targets, [weight.bfloat16() for weight in snapshot(targets)])
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        with (
+            patch("cir.engine.outer_update_", self.update_),
+            patch("cir.unlearning.interpolate", self.interpolate),
+        ):
+            yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--facts", nargs="+", default=[DATA / "demo_forget.jsonl", DATA / "demo_related.jsonl"])
+    parser.add_argument("--retain", type=Path)
+    parser.add_argument("--disruption", type=Path)
+    parser.add_argument("--budget", type=float, default=0.003)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rates", type=float, nargs="+", default=[CIRConfig().rate])
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    arguments = parser.parse_args()
+    model, tokenizer = load_model(demo_model(), device="cpu")
+    targets = find_stack(model).targets(len(find_stack(model).mlps) - 1)
+    facts = [fact for path in arguments.facts for fact in load_facts(path)]
+    texts = {
+        name: path.read_text(encoding="utf-8")
+        for name, path in (("retain", arguments.retain), ("disruption", arguments.disruption))
+        if path
+    }
+    originals = [weight.bfloat16() for weight in snapshot(targets)]
+    print(f"{'rounding':<13}{'rate':>6}{'recall':>9}{'rise':>10}{'kept of the updates':>21}", flush=True)
+    for rate in arguments.rates:
+        config = CIRConfig(
+            rate=rate, budget=arguments.budget, max_epochs=arguments.epochs, disruption_tokens=arguments.tokens
+        )
+        for rounding in (None, *ROUNDINGS):
+            restore(targets, originals)
+            rounded = Rounded(rounding)
+            with rounded.used():
+                after = cir.unlearn(model, tokenizer, facts, **texts, config=config, progress=False).after
+            row = {
+                "bench": "rounding",
+                "rounding": rounding or "float32",
+                "rate": rate,
+                "epochs": arguments.epochs,
+                "tokens": arguments.tokens,
+                "budget": arguments.budget,
+                "facts": len(facts),
+                "recall": after.mean_recall,
+                "rise": after.rise,
+                "rise_stderr": after.rise_stderr,
+                "kept": rounded.kept / rounded.wanted if rounding else 1.0,
+            }
+            write_rows(arguments.out / "rounding.jsonl", [row])
+            print(
+                f"{row['rounding']:<13}{rate:>6}{row['recall']:>9.4f}{row['rise']:>+10.3%}{row['kept']:>21.2%}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
