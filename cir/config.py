@@ -61,7 +61,7 @@ class CIRConfig:
     mode: str = "orthogonal"
     statistics: str = "tokens"
     rank_activation: float = 12
-    rank_gradient: float = 24
+    rank_gradient: float = 12
     rank_background: float = 0.5
     exact: bool = False
     rate: float = 3.0
