@@ -12,21 +12,34 @@ from typing import Any
 
 import torch
 
+from cir.config import CIRConfig
+from cir.memory import free_memory, offloaded
+from cir.sites import find_stack
+
 HUB_DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def load_model(source: str | Path, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+def load_model(
+    source: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    offload_for: CIRConfig | None = None,
+) -> tuple[Any, Any]:
     """A causal LM in eval mode, and its tokenizer.
 
     Args:
         source: a hub id, a local folder, or a GGUF file (dequantized to float32; needs the ``demo`` extra).
         device: ``cpu``, ``cuda``, ...; by default a GPU where there is one.
         dtype: ``float32``, ``bfloat16``, ...; ``auto`` keeps the checkpoint's, and is float32 for GGUF.
+        offload_for: where the weights are larger than the free memory of ``device``, have those wait on the host that
+            no forget step of this configuration reads, see :func:`cir.memory.offloaded`.
 
     Raises:
         FileNotFoundError: if ``source`` looks like a file that is not there.
         OSError: if transformers finds no such model.
-        MemoryError: if its weights are larger than the free memory of ``device``; nothing is read then.
+        MemoryError: if its weights are larger than the free memory, of the host where they may wait there and of
+            ``device`` else; nothing is read then.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -39,36 +52,34 @@ def load_model(source: str | Path, *, device: str | None = None, dtype: str = "a
     if gguf and dtype == "auto":
         dtype = "float32"
     where_to = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _check_fits(AutoConfig.from_pretrained(name, **where), dtype, where_to)
+    need, have = _weight_bytes(AutoConfig.from_pretrained(name, **where), dtype), free_memory(where_to)
+    if have is None or need <= have:
+        offload_for = None
+    elif offload_for is not None:
+        have = free_memory(torch.device("cpu"))
+    if have is not None and need > have:
+        place = "cpu" if offload_for else where_to
+        raise MemoryError(
+            f"expected {need / 2**30:.2f} GiB of free memory on {place} for the weights, got {have / 2**30:.2f} GiB"
+        )
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
     if gguf:
         _forget_quantizer(model)
-    return model.to(where_to).eval(), tokenizer
+    if offload_for is not None:
+        stack = find_stack(model)
+        offloaded(model, stack, offload_for.layers(len(stack.mlps))[-1], where_to)
+    else:
+        model.to(where_to)
+    return model.eval(), tokenizer
 
 
-def _check_fits(config: Any, dtype: str, device: torch.device) -> None:
+def _weight_bytes(config: Any, dtype: str) -> int:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
-    need, have = sum(p.numel() * p.element_size() for p in model.parameters()), free_memory(device)
-    if have is not None and need > have:
-        raise MemoryError(
-            f"expected {need / 2**30:.2f} GiB of free memory on {device} for the weights in {model.dtype}, "
-            f"got {have / 2**30:.2f} GiB"
-        )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a GPU or, on Linux, on the host; None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _forget_quantizer(model: Any) -> None:

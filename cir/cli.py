@@ -55,7 +55,12 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     }
     config = CIRConfig(**{**asdict(base), **given})
     evidence = _evidence(inputs, relearning=not arguments.no_relearning) if arguments.certify else None
-    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    model, tokenizer = load_model(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        offload_for=None if arguments.offload == "never" else config,
+    )
     witness = None if evidence is None else Witness(model, tokenizer, evidence, progress=not arguments.quiet)
     report = unlearn(
         model,
@@ -64,6 +69,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
         retain=inputs.retain,
         disruption=inputs.disruption,
         config=config,
+        offload=arguments.offload,
         progress=not arguments.quiet,
     )
     method = {"name": "CIR", "model": arguments.model, **asdict(report.config)}
@@ -368,6 +374,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--no-relearning", action="store_true", help="certify without attacks by fine-tuning")
     unlearn.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    unlearn.add_argument(
+        "--offload",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="have the weights above the loss layers wait on the host (default: where the GPU's memory is short)",
+    )
     unlearn.set_defaults(run=_unlearn)
 
     verify = commands.add_parser(

@@ -14,6 +14,7 @@ from cir.capture import Capture, Hidden, Tokens
 from cir.config import CIRConfig
 from cir.engine import phase, plain_step, selective_step
 from cir.facts import Batch
+from cir.memory import TOKENS_AT_ONCE
 from cir.objectives import OriginalOutput, hidden_retain, mlp_breaking, mlp_growth, original_output, row_norms
 from cir.sites import Target, sites_of
 from cir.subspace import Subspaces, SubspaceStream
@@ -21,9 +22,6 @@ from cir.subspace import Subspaces, SubspaceStream
 logger = logging.getLogger(__name__)
 
 _Originals = tuple[dict[int, OriginalOutput], dict[int, Tensor]]
-
-TOKENS_AT_ONCE = 512
-"""Of a step, in one forward and backward: enough to fill a GPU, and what autograd keeps of them stays small."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,7 @@ class Forgetter:
         subspaces: collapse against these throughout; None to fit them, first in :meth:`fit` and then again
             in every epoch, for the next.
         known: with None above, collapse these first: bases are fitted on what they leave.
+        at_once: tokens of a step in one forward and backward; fewer once memory runs out.
     """
 
     def __init__(
@@ -95,6 +94,7 @@ class Forgetter:
         config: CIRConfig,
         subspaces: Subspaces | None = None,
         known: Subspaces | None = None,
+        at_once: int = TOKENS_AT_ONCE,
     ) -> None:
         self._tape, self._targets, self._config = tape, targets, config
         self._loss_layers, self._retain = loss_layers, retain
@@ -102,7 +102,7 @@ class Forgetter:
         self._stream = _stream(targets, config) if subspaces is None else None
         # What is collapsed after the background, which the tokens of every batch lose first.
         self._common = Subspaces({}, config.mode) if subspaces is None else subspaces
-        self._at_once = TOKENS_AT_ONCE
+        self._at_once = at_once
         with phase("record originals"):
             self._steps = [self._recorded(batch, self._to_break) for batch in batches]
             self._retain_steps = [self._recorded(batch, self._to_keep) for batch in retain if config.retain_rate]

@@ -73,7 +73,8 @@ def relearn(
         Recall by fact id of ``probe``, before and after each epoch: ``epochs + 1`` entries.
 
     Raises:
-        ValueError: on bad facts, a probe set without probes, an unknown optimizer, or a model without gated MLPs.
+        ValueError: on bad facts, a probe set without probes, an unknown optimizer, or a model without gated MLPs or
+            with weights that wait on the host.
         NonFiniteError: on a NaN or infinite loss.
     """
     if optimizer not in OPTIMIZERS:
@@ -85,6 +86,10 @@ def relearn(
     targets = stack.targets(len(stack.mlps) - 1)
     batches = sentence_batches(tokenizer, facts, batch_size=batch_size, max_length=max_length, skip_first=0)
     weights = [target.linear.weight for target in targets]
+    if any(weight.device.type != model.device.type for weight in weights):
+        raise ValueError(
+            f"expected all weights on {model.device} to be trained there, got some that wait on the host"
+        )
     before = snapshot(targets)
     history = [recall(model, tokenizer, probe)]
     with ExitStack() as undo:

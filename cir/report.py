@@ -65,7 +65,8 @@ class Report:
     """The outcome of :func:`cir.unlearn`. ``stopped`` says why it ended; ``after`` is the model returned.
 
     ``unknown`` names facts that the model did not know to begin with, see :func:`cir.evaluation.unknown_facts`.
-    ``seconds`` is by phase; ``peak_memory`` is bytes, of the GPU where there is one, else of the process.
+    ``seconds`` is by phase; ``peak_memory`` is bytes, of the GPU where there is one, else of the process;
+    ``predicted_memory`` is what was thought beforehand to be needed beyond the weights.
     """
 
     config: CIRConfig
@@ -77,6 +78,7 @@ class Report:
     unknown: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
+    predicted_memory: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -235,6 +235,14 @@ def rank_at(site: Site, rank: float) -> int:
     return rank if isinstance(rank, int) else round(rank * site.width)
 
 
+def columns_at(site: Site, rank: int, exact: bool = False, oversampling: int = 32) -> int:
+    """Columns of S Omega to stream for ``rank`` directions; the site's width where S itself is."""
+    # As many extra columns as components where few are kept: the slower the spectrum falls, the more it takes.
+    columns = min(rank + min(rank, 64) + oversampling, site.width)
+    # The whole scatter takes no more work than a sketch of half its width.
+    return site.width if exact or columns > site.width / 2 else columns
+
+
 class SubspaceStream:
     """Streams tokens of many sites into moments, and solves them into :class:`Subspaces` once an epoch.
 
@@ -310,12 +318,9 @@ class SubspaceStream:
         return self._moments[site.name]
 
     def _omega(self, site: Site) -> Tensor | None:
-        rank = self._ranks[site]
-        # As many extra columns as components where few are kept: the slower the spectrum falls, the more it takes.
-        columns = min(rank + min(rank, 64) + self._oversampling, site.width)
-        if self._exact or columns > site.width / 2:  # the whole scatter takes no more work than such a sketch
+        shape = (site.width, columns_at(site, self._ranks[site], self._exact, self._oversampling))
+        if shape[1] == site.width:
             return None
-        shape = (site.width, columns)
         if shape not in self._random:  # sites of one shape share the draw, of which each stream has its own
             self._random[shape] = torch.randn(shape, generator=self._generator) / site.width**0.5
         omega = self._random[shape]

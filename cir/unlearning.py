@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from cir.engine import NonFiniteError, interpolate, phase, restore, snapshot
 from cir.evaluation import loss_rise, recall, sample, token_losses, unknown_facts
 from cir.facts import Batch, Fact, batches_of, leaking, load_facts, rows_to_answers, sentence_rows, windows
 from cir.forget import EpochLosses, Forgetter
+from cir.memory import needed, offloaded, settle
 from cir.report import Clock, Epoch, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.sites import Target, find_stack, sites_of
 from cir.subspace import Subspaces
@@ -43,6 +46,7 @@ def unlearn(
     disruption: str | None = None,
     config: CIRConfig | None = None,
     subspaces: Subspaces | None = None,
+    offload: str = "auto",
     progress: bool = True,
 ) -> Report:
     """Make ``model`` forget ``facts``, in place (CIR, arXiv 2509.11816).
@@ -60,13 +64,16 @@ def unlearn(
         disruption: text on which the budget is measured; if None, a held-out third of the retain text.
         config: see :class:`CIRConfig`.
         subspaces: collapse against these throughout, instead of bases fitted on the facts and the retain text.
-        progress: show a progress bar.
+        offload: whether the weights above the loss layers wait on the host, to visit the GPU for budget checks:
+            ``always``, ``never`` or, as ``auto``, where its memory would not suffice. Not after the run.
+        progress: show a progress bar, and what memory is needed.
 
     Returns:
         A :class:`Report`. Its ``stopped`` is ``"interrupted"`` after a signal.
 
     Raises:
         ValueError: on bad facts, text, model or configuration, before anything is changed.
+        MemoryError: if the device has too little for the smallest steps, before anything is changed.
         NonFiniteError: on a NaN or infinite loss or gradient.
     """
     config = config or CIRConfig()
@@ -85,10 +92,17 @@ def unlearn(
     steps = config.max_epochs * len(batches)
     if subspaces is None:
         steps += len(batches) + (len(retain_batches) if config.rank_background else 0)
+    fitting = config if subspaces is None else replace(config, rank_activation=0, rank_gradient=0, rank_background=0)
+    need = needed(model, stack, batches, retain_batches, fitting)
+    need, offloads = settle(model, stack, layers[-1], need, offload)
+    if progress:
+        waiting = ", the upper ones of which wait on the host" if offloads else ""
+        tqdm.write(f"about {need.peak / 2**30:.2f} GiB are needed beyond the weights{waiting}", file=sys.stderr)
     clock, started = Clock(model.device), time.perf_counter()
 
     with (
         stop_on_signals() as stop,
+        offloaded(model, stack, layers[-1], model.device) if offloads else nullcontext(),
         capture(model, stack, layers[-1], targets) as tape,
         tqdm(total=steps, disable=not progress, unit="step") as bar,
     ):
@@ -99,10 +113,13 @@ def unlearn(
         if unknown:
             logger.warning("%d facts are not known to begin with: %s", len(unknown), ", ".join(unknown[:5]))
         report = Report(config, hash_facts(facts), before, before, unknown=unknown, versions=library_versions())
+        report.predicted_memory = need.peak
         best = _Best(targets, meter, report)
         try:
             with clock.phase("fit"):
-                forgetter = Forgetter(tape, targets, layers, batches, retain_batches, config, subspaces)
+                forgetter = Forgetter(
+                    tape, targets, layers, batches, retain_batches, config, subspaces, at_once=need.tokens
+                )
                 forgetter.fit(bar.update, stop)
             report.stopped = "all epochs done"
             for number in range(1, config.max_epochs + 1):

@@ -7,6 +7,8 @@ import torch
 
 import cir
 from cir import CIRConfig
+from cir.memory import offloaded, upper_modules
+from cir.sites import find_stack
 from tests.tiny import TEXT, facts, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -40,6 +42,30 @@ def test_the_step_on_a_gpu_is_the_step_on_a_cpu(tokenizer):
     apart = torch.stack([(change - moved[name]).norm() for name, change in want.items()]).norm()
     assert float(total) > 0
     assert float(apart / total) < 1e-2
+
+
+def test_the_upper_weights_wait_on_the_host_and_the_outcome_is_the_same(tokenizer):
+    states = {}
+    for offload in ("never", "always"):
+        model = tiny_llama(hidden_size=64, intermediate_size=4096).cuda()
+        cir.unlearn(model, tokenizer, facts(), retain=TEXT, config=CONFIG, offload=offload, progress=False)
+        assert all(p.is_cuda for p in model.parameters())
+        states[offload] = [p.detach().cpu() for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(*states.values(), strict=True))
+
+
+def test_a_model_larger_than_the_gpu_keeps_its_upper_weights_on_the_host(tokenizer):
+    model = tiny_llama()
+    stack = find_stack(model)
+    with offloaded(model, stack, 2, torch.device("cuda")):
+        upper = {p for module in upper_modules(model, stack, 2) for p in module.parameters()}
+        assert all(p.is_cuda != (p in upper) for p in model.parameters())
+        report = cir.unlearn(model, tokenizer, facts(), retain=TEXT, config=CONFIG, progress=False)
+        assert report.epochs
+        assert all(p.is_cuda != (p in upper) for p in model.parameters())
+        with pytest.raises(ValueError, match="wait on the host"):
+            cir.relearn(model, tokenizer, facts(), facts(), progress=False)
+    assert not any(p.is_cuda for p in model.parameters())
 
 
 def test_kernels_and_their_pytorch_forms_agree_in_bfloat16(tokenizer, monkeypatch):

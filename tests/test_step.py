@@ -20,7 +20,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(step.WORKLOADS, "small", step.Workload(llama, torch.float32, 3, config, 512))
 
 
-@pytest.mark.parametrize("form", ["ours", "eager", "ascent"])
+@pytest.mark.parametrize("form", ["ours", "saving", "eager", "ascent"])
 def test_each_form_does_the_work_of_w1(form):
     run = step.Run("small", epochs=2)
     before = [target.linear.weight.detach().clone() for target in run.targets]
@@ -29,8 +29,10 @@ def test_each_form_does_the_work_of_w1(form):
     assert not any(target.linear.weight.requires_grad for target in run.targets)
 
 
-def test_one_fact_and_what_a_row_says():
-    row = json.loads(json.dumps(step.measured("small", "W2", "ours", epochs=1)))
+@pytest.mark.parametrize("form", ["ours", "saving"])
+def test_one_fact_and_what_a_row_says(form):
+    row = json.loads(json.dumps(step.measured("small", "W2", form, epochs=1)))
     assert row["facts"] == 1
     assert row["seconds"] > 0
+    assert row["total_bytes"] >= row["peak_bytes"]
     assert row["weight_bytes"] > 45100 * 64 * 4
