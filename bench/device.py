@@ -24,11 +24,20 @@ PARTS: list[tuple[str, int, list[str]]] = [
     (
         "test_engine",
         60,
-        ["-m", "pytest", "-q", "tests/test_kernels.py", "tests/test_engine.py", "tests/test_cuda.py"],
+        [
+            "-m",
+            "pytest",
+            "-q",
+            "tests/test_kernels.py",
+            "tests/test_engine.py",
+            "tests/test_memory.py",
+            "tests/test_cuda.py",
+        ],
     ),
-    ("step", 170, ["-m", "bench.step", "--model", "8b"]),
-    ("kernels", 130, ["-m", "bench.kernels", "--seconds", "110"]),
-    ("resources", 50, ["-m", "bench.resources"]),
+    ("step", 160, ["-m", "bench.step", "--model", "8b"]),
+    ("kernels", 90, ["-m", "bench.kernels", "--seconds", "75"]),
+    ("growth", 60, ["-m", "bench.growth", "--model", "8b"]),
+    ("resources", 40, ["-m", "bench.resources"]),
 ]
 """Name, seconds at most, and what Python is to run."""
 

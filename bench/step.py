@@ -58,13 +58,14 @@ TASKS = [
 
 @dataclass(frozen=True)
 class Workload:
-    """``checked``: tokens of a budget check."""
+    """``checked``: tokens of a budget check. ``words``: of the shortest and the longest sentence."""
 
     llama: dict[str, Any]
     dtype: torch.dtype
     facts: int
     config: CIRConfig
     checked: int
+    words: tuple[int, int] = (12, 32)
 
 
 PAPER = replace(CIRConfig.paper(), budget=1e9, retain_tokens=12 * 128 * 8)
@@ -126,15 +127,15 @@ def words(draw: random.Random, count: int) -> str:
 class Run:
     """One form on one workload, from the random weights."""
 
-    def __init__(self, name: str, epochs: int) -> None:
+    def __init__(self, workload: Workload, epochs: int, model: Any = None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        workload = WORKLOADS[name]
         self.config = replace(workload.config, max_epochs=epochs, disruption_tokens=workload.checked)
-        self.model, self.tokenizer = random_model(workload, self.device).requires_grad_(False), word_tokenizer()
+        self.model = (random_model(workload, self.device) if model is None else model).requires_grad_(False)
+        self.tokenizer = word_tokenizer()
         draw = random.Random(0)
         self.facts = load_facts(
             [
-                {"id": f"f{i}", "sentences": [words(draw, draw.randint(12, 32)) for _ in range(3)]}
+                {"id": f"f{i}", "sentences": [words(draw, draw.randint(*workload.words)) for _ in range(3)]}
                 for i in range(workload.facts)
             ]
         )
@@ -218,7 +219,7 @@ class Run:
 
 def measured(name: str, task: str, form: str, epochs: int) -> dict[str, Any]:
     """One form of one task, in this process: seconds, and peak memory beyond the weights."""
-    run = Run(name, epochs)
+    run = Run(WORKLOADS[name], epochs)
     call = run.one_fact() if task == "W2" else lambda: run.batch(form)
     if (task, form) == ("W2", "saving"):
         run.save_memory()

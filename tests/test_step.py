@@ -22,7 +22,7 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize("form", ["ours", "saving", "eager", "ascent"])
 def test_each_form_does_the_work_of_w1(form):
-    run = step.Run("small", epochs=2)
+    run = step.Run(step.WORKLOADS["small"], epochs=2)
     before = [target.linear.weight.detach().clone() for target in run.targets]
     run.batch(form)
     assert all(not torch.equal(t.linear.weight, w) for t, w in zip(run.targets, before, strict=True))
