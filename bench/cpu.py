@@ -32,7 +32,7 @@ from cir.forget import Forgetter
 from cir.sites import Target, find_stack
 from cir.unlearning import fact_batches, text_batches
 
-FORMS = ("eager", "ours", "ours without background")
+FORMS = ("eager, all layers", "eager", "ours", "ours without background")
 BUILT_IN = [str(DATA / f"demo_{name}.jsonl") for name in ("forget", "related")]
 Epoch = Callable[[], object]
 
@@ -57,21 +57,27 @@ class Workload:
     def prepare(self, form: str, undo: ExitStack) -> Epoch:
         """Everything up to the first update epoch of ``form``, which the function returned then runs."""
         undo.callback(restore, self.targets, self.weights)
-        if form == "eager":
-            return self._eager(undo)
+        if form.startswith("eager"):
+            return self._eager(undo, trims=form == "eager")
         config = self.config if form == "ours" else replace(self.config, rank_background=0)
         tape = undo.enter_context(capture(self.model, self.stack, self.layers[-1]))
         forgetter = Forgetter(tape, self.targets, self.layers, self.batches, self.retain, config)
         forgetter.fit()
         return lambda: forgetter.epoch(config.rate)
 
-    def _eager(self, undo: ExitStack) -> Epoch:
+    def _eager(self, undo: ExitStack, trims: bool) -> Epoch:
         config = self.config
         for target in self.targets:
             target.linear.weight.requires_grad_(True)
             undo.callback(target.linear.weight.requires_grad_, False)
         eager = EagerCIR(
-            self.model, self.stack, self.layers, config.rank_activation, config.rank_gradient, config.rate
+            self.model,
+            self.stack,
+            self.layers,
+            config.rank_activation,
+            config.rank_gradient,
+            config.rate,
+            trims=trims,
         )
         eager.record(self.batches)
         eager.epoch(self.batches)

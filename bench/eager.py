@@ -48,7 +48,9 @@ def padded(batch: Batch, mask: Tensor) -> Tensor:
 
 
 class EagerCIR:
-    """The forget steps of one model. ``solve`` is :func:`pca` or :func:`exact_pca`."""
+    """The forget steps of one model. ``solve`` is :func:`pca` or :func:`exact_pca`. ``trims``: run no layer above the
+    loss layers, as the authors' code does not either.
+    """
 
     def __init__(
         self,
@@ -60,7 +62,9 @@ class EagerCIR:
         rate: float,
         skip_first: int = 1,
         solve: Callable[[Tensor, int], Basis] = pca,
+        trims: bool = True,
     ) -> None:
+        self.trims = trims
         self.model, self.stack, self.loss_layers = model, stack, list(loss_layers)
         self.ranks, self.rate, self.skip_first, self.solve = (
             (rank_activation, rank_gradient),
@@ -178,7 +182,7 @@ class EagerCIR:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple) else output)
 
-        hook = self.stack.layers[-1].register_forward_hook(keep)
+        hook = self.stack.layers[len(self.mlps) - 1].register_forward_hook(keep)
         try:
             self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         finally:
@@ -188,7 +192,8 @@ class EagerCIR:
     @contextmanager
     def _trimmed(self) -> Iterator[None]:
         layers = self.stack.layers
-        setattr(self.stack.decoder, self.stack.attribute, layers[: len(self.mlps)])
+        if self.trims:
+            setattr(self.stack.decoder, self.stack.attribute, layers[: len(self.mlps)])
         try:
             yield
         finally:
