@@ -121,10 +121,11 @@ def settle(model: Any, stack: Stack, last_layer: int, need: Need, offloading: st
     for module in upper_modules(model, stack, last_layer):
         sizes.append(sum(parameter.nbytes for parameter in module.parameters()))
         on_device += sum(parameter.nbytes for parameter in module.parameters() if parameter.device == device)
-    short = have is not None and need.peak > have
-    moves = offloading == "always" or (offloading == "auto" and short and device.type == "cuda" and on_device > 0)
     if have is None:
-        return need, moves
+        return need, offloading == "always"
+    # A model spread over several devices stays as it is.
+    movable = device.type == "cuda" and on_device == sum(sizes)
+    moves = offloading == "always" or (offloading == "auto" and movable and need.peak > have)
     if device.type == "cuda" and (moves or on_device < sum(sizes)):
         # Those on the host come back one module at a time.
         have += (on_device if moves else 0) - max(sizes, default=0)
