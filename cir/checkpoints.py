@@ -52,7 +52,8 @@ def load_model(
     if gguf and dtype == "auto":
         dtype = "float32"
     where_to = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    need, have = _weight_bytes(AutoConfig.from_pretrained(name, **where), dtype), free_memory(where_to)
+    need, precision = _weights_of(AutoConfig.from_pretrained(name, **where), dtype)
+    have = free_memory(where_to)
     if have is None or need <= have:
         offload_for = None
     elif offload_for is not None:
@@ -60,7 +61,8 @@ def load_model(
     if have is not None and need > have:
         place = "cpu" if offload_for else where_to
         raise MemoryError(
-            f"expected {need / 2**30:.2f} GiB of free memory on {place} for the weights, got {have / 2**30:.2f} GiB"
+            f"expected {need / 2**30:.2f} GiB of free memory on {place} for the weights in {precision}, "
+            f"got {have / 2**30:.2f} GiB"
         )
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
@@ -74,12 +76,13 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _weight_bytes(config: Any, dtype: str) -> int:
+def _weights_of(config: Any, dtype: str) -> tuple[int, torch.dtype]:
+    """Bytes and type of a model's weights, of which none are made."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in model.parameters()), model.dtype
 
 
 def _forget_quantizer(model: Any) -> None:

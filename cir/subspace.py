@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FORMAT = "cir-subspaces-1"
 MODES = ("orthogonal", "sequential", "soft")
+OVERSAMPLING = 32
+"""Columns of the test matrix beyond twice the rank (beyond the rank + 64, where that is less)."""
 
 
 @dataclass(frozen=True)
@@ -235,10 +237,10 @@ def rank_at(site: Site, rank: float) -> int:
     return rank if isinstance(rank, int) else round(rank * site.width)
 
 
-def columns_at(site: Site, rank: int, exact: bool = False, oversampling: int = 32) -> int:
+def columns_at(site: Site, rank: int, exact: bool = False) -> int:
     """Columns of S Omega to stream for ``rank`` directions; the site's width where S itself is."""
     # As many extra columns as components where few are kept: the slower the spectrum falls, the more it takes.
-    columns = min(rank + min(rank, 64) + oversampling, site.width)
+    columns = min(rank + min(rank, 64) + OVERSAMPLING, site.width)
     # The whole scatter takes no more work than a sketch of half its width.
     return site.width if exact or columns > site.width / 2 else columns
 
@@ -255,7 +257,6 @@ class SubspaceStream:
             none of the kind.
         mode: ``orthogonal``, ``sequential`` or ``soft``.
         exact: keep the full D x D scatter instead of a sketch.
-        oversampling: columns of the test matrix beyond twice the rank (beyond the rank + 64, where that is less).
         seed: of the random columns.
     """
 
@@ -267,7 +268,6 @@ class SubspaceStream:
         rank_gradient: float,
         mode: str = "orthogonal",
         exact: bool = False,
-        oversampling: int = 32,
         seed: int = 0,
     ) -> None:
         if mode not in MODES:
@@ -278,7 +278,7 @@ class SubspaceStream:
             if not 0 <= rank <= site.width:
                 raise ValueError(f"{site.name}: expected a rank of 0 to {site.width}, got {rank}")
         self._sites = [site for site, rank in self._ranks.items() if rank]
-        self._mode, self._exact, self._oversampling = mode, exact, oversampling
+        self._mode, self._exact = mode, exact
         self._generator = torch.Generator().manual_seed(seed)
         self._random: dict[tuple[int, int], Tensor] = {}
         self._moments: dict[str, Moments] = {}
@@ -318,7 +318,7 @@ class SubspaceStream:
         return self._moments[site.name]
 
     def _omega(self, site: Site) -> Tensor | None:
-        shape = (site.width, columns_at(site, self._ranks[site], self._exact, self._oversampling))
+        shape = (site.width, columns_at(site, self._ranks[site], self._exact))
         if shape[1] == site.width:
             return None
         if shape not in self._random:  # sites of one shape share the draw, of which each stream has its own

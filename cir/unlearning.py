@@ -113,7 +113,6 @@ def unlearn(
         if unknown:
             logger.warning("%d facts are not known to begin with: %s", len(unknown), ", ".join(unknown[:5]))
         report = Report(config, hash_facts(facts), before, before, unknown=unknown, versions=library_versions())
-        report.predicted_memory = need.peak
         best = _Best(targets, meter, report)
         try:
             with clock.phase("fit"):
@@ -142,7 +141,7 @@ def unlearn(
         finally:
             restore(targets, best.weights)
     report.seconds = {**clock.seconds, "total": time.perf_counter() - started}
-    report.peak_memory = peak_memory(model.device)
+    report.peak_memory, report.predicted_memory = peak_memory(model.device), need.peak
     return report
 
 

@@ -267,7 +267,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(files, monk
     monkeypatch.setattr(checkpoints, "free_memory", lambda device: need - 1)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("read"))
     assert run(files, *UNLEARN, "--out", "IN/out") == 1
-    assert "GiB of free memory on cpu for the weights, got" in capsys.readouterr().err
+    assert "GiB of free memory on cpu for the weights in torch.float32, got" in capsys.readouterr().err
 
 
 def test_a_model_larger_than_the_device_leaves_its_upper_weights_on_the_host(files, monkeypatch):
