@@ -120,7 +120,7 @@ class Bench:
         _, rows = text_batches(self.tokenizer, task.retain, task.disruption, CIR, self.model.device)
         self.meter = Meter(self.model, self.tokenizer, task.facts, rows, task.tokens)
         self.reference = reference_of(self.model, spread(rows, min(task.tokens, KL_TOKENS)))
-        self.before = self.meter.measure()
+        self.before = self.meter.before
 
     def kl(self) -> float:
         return float(kl_divergence(self.model, self.reference).mean())

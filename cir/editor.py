@@ -17,7 +17,7 @@ from cir.capture import Tokens, capture
 from cir.config import CIRConfig, EditConfig
 from cir.edits import Edit, State, add_factors, factorise, spanned
 from cir.engine import add_outer, fingerprint, restore, selective_step, snapshot
-from cir.evaluation import loss_rise, mean_recall, recall, sample, token_losses
+from cir.evaluation import WINDOW, loss_rise, mean_recall, recall, sample, token_losses
 from cir.facts import Batch, Fact, load_facts, pad, probed, rows_to_answers, windows
 from cir.fitting import check_fitted_on
 from cir.forget import Forgetter
@@ -25,7 +25,7 @@ from cir.journal import Journal
 from cir.relearning import relearn as attack
 from cir.sites import find_stack
 from cir.subspace import Subspaces
-from cir.unlearning import DISRUPTION_WINDOW, builtin_text
+from cir.unlearning import builtin_text
 
 UNKNOWN = 0.01
 """A fact recalled with less than this probability is not there to be forgotten."""
@@ -94,7 +94,7 @@ class Editor:
         facts = [probed(fact) for fact in load_facts(watched)] if watched else []
         every = -(-len(facts) // self.config.neighbours) or 1
         self._neighbours = [replace(fact, probes=fact.probes[:1]) for fact in facts[::every]]
-        rows = windows(tokenizer, builtin_text() if text is None else text, DISRUPTION_WINDOW)
+        rows = windows(tokenizer, builtin_text() if text is None else text, WINDOW)
         self._text = sample(rows, self.config.text_tokens)
         self._base = snapshot(self._targets)
         self._entries: list[_Entry] = []

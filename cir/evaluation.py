@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,8 @@ class Reference:
 
 KNOWN = 0.05
 """Probability a token below which a fact counts as not known; a guess among 49,152 tokens has 0.00002."""
+WINDOW = 256
+"""Tokens of a window of measured text, in which windows are the independent unit."""
 TOKENS_PER_FORWARD = 1024
 """Bounds the logits in memory: 1024 tokens are 0.2 GB in float32 for a vocabulary of 49,152."""
 
@@ -95,7 +97,7 @@ def evaluate(
     *,
     neighbours: str | Path | Sequence[Any] = (),
     text: str | None = None,
-    window: int = 256,
+    window: int = WINDOW,
     max_tokens: int | None = None,
     generate: int = 0,
     reference: Reference | None = None,
@@ -340,19 +342,22 @@ def loss_rise(losses: Tensor, original: Tensor, of: Sample) -> tuple[float, floa
 
 def token_losses(model: Any, rows: Tensor) -> Tensor:
     """Loss in nats of each predicted token of windows ``rows`` (N, L): a float32 (N, L - 1) on the host."""
-    losses = []
-    for chunk, logits in _logits(model, rows):
-        loss = F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="none")
-        losses.append(loss.view(len(chunk), -1).cpu())
-    return torch.cat(losses)
+
+    def loss(ids: Tensor, logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, ids[1:], reduction="none").cpu()
+
+    return torch.stack(_by_window(model, rows, loss))
 
 
 def reference_of(model: Any, rows: Tensor, likeliest: int = 64) -> Reference:
     """What ``model`` says of ``rows`` (N, L), for :func:`kl_divergence` once it has changed."""
-    kept = [logits.log_softmax(-1).topk(min(likeliest, logits.shape[-1])) for _, logits in _logits(model, rows)]
-    return Reference(
-        rows, torch.cat([k.indices.int().cpu() for k in kept]), torch.cat([k.values.cpu() for k in kept])
-    )
+
+    def kept(_: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        best = logits.log_softmax(-1).topk(min(likeliest, logits.shape[-1]))
+        return best.indices.int().cpu(), best.values.cpu()
+
+    ids, logprobs = zip(*_by_window(model, rows, kept), strict=True)
+    return Reference(rows, torch.stack(ids), torch.stack(logprobs))
 
 
 def kl_divergence(model: Any, reference: Reference) -> Tensor:
@@ -361,14 +366,12 @@ def kl_divergence(model: Any, reference: Reference) -> Tensor:
     Over the tokens likeliest before, all others taken as one: a lower bound (data processing inequality), close
     where those hold most of the probability.
     """
-    ids = reference.ids.long().split(_windows_a_forward(reference.rows))
-    now = torch.cat(
-        [
-            logits.log_softmax(-1).gather(-1, wanted.to(logits.device)).cpu()
-            for wanted, (_, logits) in zip(ids, _logits(model, reference.rows), strict=True)
-        ]
-    )
-    before = reference.logprobs
+    likeliest = iter(reference.ids.long())
+
+    def of_likeliest(_: Tensor, logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1).gather(-1, next(likeliest).to(logits.device)).cpu()
+
+    now, before = torch.stack(_by_window(model, reference.rows, of_likeliest)), reference.logprobs
     rest_before, rest_now = (_rest(logprobs) for logprobs in (before, now))
     return (before.exp() * (before - now)).sum(-1) + rest_before.exp() * (rest_before - rest_now)
 
@@ -379,15 +382,18 @@ def _rest(logprobs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(model: Any, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """``rows`` (N, L) in chunks, each with its float32 logits (n, L - 1, vocabulary)."""
-    for chunk in rows.split(_windows_a_forward(rows)):
+def _by_window(model: Any, rows: Tensor, of: Callable[[Tensor, Tensor], Any]) -> list[Any]:
+    """``of`` each window's token ids (L,) and float32 logits (L - 1, vocabulary), of windows ``rows`` (N, L).
+
+    Several share a forward, but only one is in float32 at a time: of a large vocabulary that is most of the memory.
+    """
+    found: list[Any] = []
+    for chunk in rows.split(max(1, TOKENS_PER_FORWARD // rows.shape[1])):
         chunk = chunk.to(model.device)
-        yield chunk, model(input_ids=chunk, use_cache=False).logits[:, :-1].float()
-
-
-def _windows_a_forward(rows: Tensor) -> int:
-    return max(1, TOKENS_PER_FORWARD // rows.shape[1])
+        logits = model(input_ids=chunk, use_cache=False).logits
+        found += [of(ids, own[:-1].float()) for ids, own in zip(chunk, logits, strict=True)]
+        del logits  # not beside those of the next
+    return found
 
 
 def spread(rows: Tensor, tokens: int | None) -> Tensor:
@@ -395,6 +401,6 @@ def spread(rows: Tensor, tokens: int | None) -> Tensor:
     return sample(rows, tokens).rows
 
 
-def text_loss(model: Any, tokenizer: Any, text: str, *, window: int = 256, max_tokens: int | None = None) -> float:
+def text_loss(model: Any, tokenizer: Any, text: str, *, window: int = WINDOW, max_tokens: int | None = None) -> float:
     """Mean loss in nats a token over ``text``, in windows of ``window`` tokens."""
     return float(token_losses(model, spread(windows(tokenizer, text, window), max_tokens)).mean())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cir.config import CIRConfig
-from cir.evaluation import TOKENS_PER_FORWARD
+from cir.evaluation import TOKENS_PER_FORWARD, WINDOW
 from cir.facts import Batch
 from cir.sites import Site, Stack, sites_of
 from cir.subspace import columns_at, rank_at
@@ -90,13 +90,14 @@ def needed(model: Any, stack: Stack, batches: Sequence[Batch], retain: Sequence[
         held += 2 * sum(target.linear.weight.nbytes for target in targets)
     forget = max(int(batch.counted(config.skip_first).sum()) for batch in batches)
     keep = max((int(batch.attention_mask.sum()) for batch in retain if config.retain_rate), default=0)
+    window = max(WINDOW, config.retain_length)
     hidden, inner = sorted(targets[0].linear.weight.shape)
     return Need(
         held=held,
         rows=max(forget, keep) * size * sum(site.width for site in sites),
         token=len(stack.layers[: layers[-1] + 1]) * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner),
-        # As they come, in float32, and as log-probabilities.
-        check=TOKENS_PER_FORWARD * model.config.get_text_config().vocab_size * (size + 8),
+        # As they come, and of a window in float32 and as log-probabilities.
+        check=model.config.get_text_config().vocab_size * (TOKENS_PER_FORWARD * size + window * 8),
     )
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from cir.capture import capture
 from cir.config import CIRConfig
 from cir.engine import NonFiniteError, interpolate, phase, restore, snapshot
-from cir.evaluation import loss_rise, recall, sample, token_losses, unknown_facts
+from cir.evaluation import WINDOW, loss_rise, recall, sample, token_losses, unknown_facts
 from cir.facts import Batch, Fact, batches_of, leaking, load_facts, rows_to_answers, sentence_rows, windows
 from cir.forget import EpochLosses, Forgetter
 from cir.memory import needed, offloaded, settle
@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT = 1 / 3
 """Share of the retain text, at its end, kept for the budget where no disruption text is given."""
-DISRUPTION_WINDOW = 256
-RETREATS = 2
+RETREATS = 3
 """States tried, at most, on the line back from an epoch that overstepped the budget."""
 
 
@@ -108,11 +107,12 @@ def unlearn(
     ):
         with clock.phase("measure"):
             meter = Meter(model, tokenizer, facts, disruption_rows, config.disruption_tokens)
-            before = meter.measure()
             unknown = unknown_facts(model, tokenizer, facts)
         if unknown:
             logger.warning("%d facts are not known to begin with: %s", len(unknown), ", ".join(unknown[:5]))
-        report = Report(config, hash_facts(facts), before, before, unknown=unknown, versions=library_versions())
+        report = Report(
+            config, hash_facts(facts), meter.before, meter.before, unknown=unknown, versions=library_versions()
+        )
         best = _Best(targets, meter, report)
         try:
             with clock.phase("fit"):
@@ -178,8 +178,8 @@ def builtin_text() -> str:
 
 
 class Meter:
-    """Measures the model against its state when the meter was made, on at most ``tokens`` of ``rows`` (N, L), half of
-    them where the text is nearest the facts.
+    """Measures the model against its state ``before``, when the meter was made, on at most ``tokens`` of ``rows``
+    (N, L), half of them where the text is nearest the facts.
     """
 
     def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor, tokens: int | None) -> None:
@@ -192,12 +192,16 @@ class Meter:
             raise NonFiniteError(
                 "expected a finite loss on the disruption text before any update, got NaN or infinity"
             )
+        self.before = self._measured(self._original)
 
     def measure(self) -> Measure:
         """The loss, and what is recalled of the facts."""
         with phase("budget check"):
             losses = token_losses(self._model, self._sample.rows)
-            rise, stderr = loss_rise(losses, self._original, self._sample)
+        return self._measured(losses)
+
+    def _measured(self, losses: torch.Tensor) -> Measure:
+        rise, stderr = loss_rise(losses, self._original, self._sample)
         with phase("recall"):
             recalls = recall(self._model, self._tokenizer, self._facts)
         return Measure(recalls, self._sample.mean(losses.mean(1))[0], rise, stderr)
@@ -244,14 +248,16 @@ def _reached(measure: Measure, target: float | None) -> bool:
 
 
 def share_inside(best: Measure, over: Measure, budget: float) -> float:
-    """The share of the way from ``best`` to ``over`` that should end just inside: harm grows as its square, and the
-    standard error in proportion.
+    """The share of the way from ``best`` to ``over`` that should end just inside: harm is as the square of a length
+    that grows in proportion to the way, and so does the standard error.
     """
     room, slope = budget - best.rise_bound, over.rise_stderr - best.rise_stderr
-    curve = max(over.rise - best.rise, 1e-30)
-    root = (slope**2 + 4 * curve * max(room, 0.0)) ** 0.5
-    # The larger root of curve x^2 + slope x = room, in the form that loses no digits where the curve is flat.
-    return 0.95 * min(1.0, 2 * max(room, 0.0) / max(slope + root, 1e-30))
+    start = max(best.rise, 0.0) ** 0.5
+    growth = max(max(over.rise - min(best.rise, 0.0), 0.0) ** 0.5 - start, 0.0)
+    # The larger root of growth^2 x^2 + linear x = room, in the form that loses no digits where the curve is flat.
+    linear = 2 * start * growth + slope
+    root = (linear**2 + 4 * growth**2 * max(room, 0.0)) ** 0.5
+    return 0.95 * min(1.0, 2 * max(room, 0.0) / max(linear + root, 1e-30))
 
 
 def _summary(measure: Measure) -> str:
@@ -283,7 +289,7 @@ def text_batches(
     """Batches of retain windows, and the windows (N, L) on which the budget is measured."""
     rows = windows(tokenizer, builtin_text() if retain is None else retain, config.retain_length)
     if disruption is not None:
-        measured = windows(tokenizer, disruption, DISRUPTION_WINDOW)
+        measured = windows(tokenizer, disruption, WINDOW)
     else:
         kept = round((1 - HELD_OUT) * len(rows))
         if kept in (0, len(rows)):

@@ -12,12 +12,12 @@ from cir import CIRConfig
 from cir.capture import capture
 from cir.demo import DATA
 from cir.engine import fingerprint, restore, snapshot
-from cir.evaluation import loss_rise, mean_recall, recall, sample, text_loss, token_losses
+from cir.evaluation import WINDOW, loss_rise, mean_recall, recall, sample, text_loss, token_losses
 from cir.facts import load_facts, windows
 from cir.objectives import mlp_breaking, original_output
 from cir.sites import find_stack, sites_of
 from cir.subspace import SubspaceStream
-from cir.unlearning import DISRUPTION_WINDOW, fact_batches
+from cir.unlearning import fact_batches
 from tests import oracle
 
 
@@ -50,7 +50,7 @@ def forgotten(smollm2, shared_data):
     config = CIRConfig(budget=0.003, disruption_tokens=8192, max_epochs=4)
     before, facts = mean_recall(recall(model, tokenizer, probed)), [*probed, *relearned]
     sentences = tokenizer([sentence for fact in facts for sentence in fact.sentences])["input_ids"]
-    of = sample(windows(tokenizer, test, DISRUPTION_WINDOW), config.disruption_tokens, sentences)
+    of = sample(windows(tokenizer, test, WINDOW), config.disruption_tokens, sentences)
     losses = token_losses(model, of.rows)
     report = cir.unlearn(model, tokenizer, facts, retain=valid, disruption=test, config=config, progress=False)
     rise = loss_rise(token_losses(model, of.rows), losses, of)

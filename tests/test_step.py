@@ -20,7 +20,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(step.WORKLOADS, "small", step.Workload(llama, torch.float32, 3, config, 512))
 
 
-@pytest.mark.parametrize("form", ["ours", "saving", "eager", "ascent"])
+@pytest.mark.parametrize("form", ["ours", "saving", "eager", "trimmed", "ascent"])
 def test_each_form_does_the_work_of_w1(form):
     run = step.Run(step.WORKLOADS["small"], epochs=2)
     before = [target.linear.weight.detach().clone() for target in run.targets]

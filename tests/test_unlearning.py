@@ -325,12 +325,14 @@ def test_layer_fractions_are_those_of_the_paper():
 
 
 def test_the_way_back_aims_inside_the_budget():
+    # From nothing, harm grows as the square of the way; from there on nearly in proportion.
+    assert unlearning.share_inside(Measure({}, 1.0), Measure({}, 1.0, 0.004), budget=0.001) == pytest.approx(0.475)
     best = Measure({}, 1.0, 0.001)
-    assert 0.6 < unlearning.share_inside(best, Measure({}, 1.0, 0.005), budget=0.003) < 0.5**0.5
+    assert 0.5 < unlearning.share_inside(best, Measure({}, 1.0, 0.005), budget=0.003) < 0.6
     assert unlearning.share_inside(Measure({}, 1.0, 0.005), Measure({}, 1.0, 0.006), budget=0.005) == 0
     for over in (Measure({}, 1.0, 0.005, 0.004), Measure({}, 1.0, 0.001, 0.004), Measure({}, 1.0, 0.0, 0.004)):
         share = unlearning.share_inside(best, over, budget=0.003)  # an error above the budget is no reason to give up
-        assert 0.3 < share < 1
+        assert 0.2 < share < 1
         assert best.rise + share**2 * (over.rise - best.rise) + share * over.rise_stderr <= 0.003
 
 
