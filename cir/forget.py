@@ -162,7 +162,8 @@ class Forgetter:
             outputs = hidden.mlp_outputs({*part.original, *part.norms})
             loss = mlp_breaking(outputs, part.original, part.counted)
             if part.norms:
-                loss = loss + self._config.growth_weight * mlp_growth(outputs, part.norms, part.counted)
+                growth = mlp_growth(outputs, part.norms, part.counted)
+                loss = loss + self._config.growth_weight * growth.to(loss.device)
             return loss, hidden
 
         loss, tokens = self._in_parts(self._steps[i], breaking)
@@ -234,7 +235,7 @@ class Forgetter:
     def _to_break(self, hidden: Hidden, mask: Tensor) -> _Originals:
         broken = hidden.mlp_outputs(self._loss_layers)
         held = hidden.mlp_outputs(hidden.outputs) if self._config.growth_weight else {}
-        norms = {layer: row_norms(output[mask]) for layer, output in held.items()}
+        norms = {layer: row_norms(output, mask) for layer, output in held.items()}
         return {layer: original_output(output, mask) for layer, output in broken.items()}, norms
 
     def _to_keep(self, hidden: Hidden, mask: Tensor) -> _Originals:

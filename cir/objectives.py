@@ -24,7 +24,7 @@ class OriginalOutput:
 
 def original_output(output: Tensor, mask: Tensor) -> OriginalOutput:
     """Keep the rows of ``output`` (N, D) where ``mask`` (N,) is True, or whose places ``mask`` (T,) has."""
-    rows = output[mask]
+    rows = _counted(output, mask)
     norm = float(rows.norm(dim=-1, dtype=torch.float64).mean())
     # Pinned, so that they come back to a GPU while it works.
     return OriginalOutput(rows.cpu().pin_memory() if rows.is_cuda else rows, norm)
@@ -43,7 +43,7 @@ def mlp_breaking(outputs: Mapping[int, Tensor], originals: Mapping[int, Original
     """
     terms = []
     for layer, original in originals.items():
-        rows, before = _beside(outputs[layer][mask], original)
+        rows, before = _beside(_counted(outputs[layer], mask), original)
         terms.append((rows * before).sum(-1).clamp_min(0).mean() / original.norm**2)
     return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
@@ -61,14 +61,16 @@ def mlp_growth(outputs: Mapping[int, Tensor], norms: Mapping[int, Tensor], mask:
     """
     terms = []
     for layer, before in norms.items():
-        now = row_norms(outputs[layer][mask])
+        now = row_norms(outputs[layer], mask)
         terms.append((now.log() - before.log() - SLACK).clamp_min(0).mean())
     return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
 
-def row_norms(rows: Tensor) -> Tensor:
-    """(T,) norms above 0 of ``rows`` (T, D), in float32 or more."""
-    norms = _at_least_float(rows).norm(dim=-1)
+def row_norms(output: Tensor, mask: Tensor) -> Tensor:
+    """(T,) norms above 0, in float32 or more, of the rows of ``output`` (N, D) in ``mask``, as for
+    :func:`original_output`.
+    """
+    norms = _at_least_float(_counted(output, mask)).norm(dim=-1)
     return norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
@@ -78,8 +80,13 @@ def hidden_retain(hidden: Tensor, original: OriginalOutput, mask: Tensor) -> Ten
     Args:
         hidden: (N, D) hidden states now. original: those before any update, of the tokens in ``mask``.
     """
-    rows, before = _beside(hidden[mask], original)
+    rows, before = _beside(_counted(hidden, mask), original)
     return (rows - before).norm(dim=-1).mean() / original.norm
+
+
+def _counted(output: Tensor, mask: Tensor) -> Tensor:
+    # Layers may be spread over several GPUs.
+    return output[mask.to(output.device)]
 
 
 def _beside(rows: Tensor, original: OriginalOutput) -> tuple[Tensor, Tensor]:

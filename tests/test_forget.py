@@ -91,7 +91,7 @@ def test_what_the_mlps_say_of_the_facts_does_not_grow(tokenizer):
         with capture(model, find_stack(model), 2) as tape, torch.no_grad():
             outputs = (hidden := tape.forward(batch, mask)).mlp_outputs(hidden.outputs)
         if norms is None:
-            return {layer: row_norms(output[mask]) for layer, output in outputs.items()}
+            return {layer: row_norms(output, mask) for layer, output in outputs.items()}
         return float(mlp_growth(outputs, norms, mask))
 
     after = []

@@ -28,7 +28,7 @@ def test_mlp_breaking_is_its_formula():
 def test_mlp_growth_is_its_formula_and_only_of_what_grew():
     mask = BATCH.counted(1)
     before, now = {1: rand(0), 3: rand(1)}, {1: rand(2), 2: rand(5), 3: rand(3)}
-    norms = {layer: row_norms(output[mask]) for layer, output in before.items()}
+    norms = {layer: row_norms(output, mask) for layer, output in before.items()}
     assert abs(float(mlp_growth(now, norms, mask)) / oracle.growth_loss(now, before, mask) - 1) < 1e-9
     turned = {layer: -0.9 * output for layer, output in before.items()}
     assert float(mlp_growth(turned, norms, mask)) == 0
