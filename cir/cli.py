@@ -50,7 +50,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     base = CIRConfig.preset(arguments.preset)
     given = {
         name: getattr(arguments, name)
-        for name in ("budget", "seed", "rate", "max_epochs", "target_recall")
+        for name in ("budget", "seed", "rate", "max_epochs", "target_recall", "rounding", "disruption_tokens")
         if getattr(arguments, name) is not None
     }
     config = CIRConfig(**{**asdict(base), **given})
@@ -87,7 +87,8 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     if before.mean_recall is not None and after.mean_recall is not None:
         print(f"recall     {before.mean_recall:.3f} -> {after.mean_recall:.3f}")
     print(f"text loss  {before.loss:.4f} -> {after.loss:.4f} ({after.rise:+.2%}, budget {config.budget:+.2%})")
-    print(f"stopped    {report.stopped}, after {len(report.epochs)} epochs, {report.seconds['total']:.0f} s")
+    epochs = report.epochs[-1].number if report.epochs else 0
+    print(f"stopped    {report.stopped}, after {epochs} epochs, {report.seconds['total']:.0f} s")
     print(f"written    {out}")
     return INTERRUPTED if report.stopped == "interrupted" else 0
 
@@ -354,6 +355,9 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--budget", type=float, help="highest relative rise of the loss on that text (default: 0.001)"
     )
+    unlearn.add_argument(
+        "--disruption-tokens", type=int, metavar="N", help="of that text, measured after each epoch (default: 32768)"
+    )
     unlearn.add_argument("--target-recall", type=float, help="stop as soon as mean recall is this low")
     unlearn.add_argument(
         "--rate", type=float, help="size of a forget step; larger models want smaller ones (default: 3)"
@@ -364,6 +368,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=PRESETS,
         default="default",
         help="paper: the authors' for Llama-3.1-8B; repselect: soft collapse of the weight gradients' components",
+    )
+    unlearn.add_argument(
+        "--rounding",
+        choices=("nearest", "stochastic", "compensated"),
+        help="of updated 16-bit weights (default: the preset's, nearest of paper and stochastic of the others)",
     )
     unlearn.add_argument("--seed", type=int, help="of every random choice (default: 0)")
     unlearn.add_argument(

@@ -41,12 +41,15 @@ def test_unlearn_writes_a_checkpoint_that_plain_transformers_loads(files, tmp_pa
     out = tmp_path / "out"
     sentences = [sentence for fact in facts() for sentence in fact["sentences"]]
     (files / "facts.txt").write_text("\n".join(sentences))  # without probes the last epoch is kept
-    assert run(files, *UNLEARN, *QUICK, "--out", str(out), "--facts", "IN/facts.txt") == 0
+    options = ["--disruption-tokens", "64", "--rounding", "nearest"]
+    assert run(files, *UNLEARN, *QUICK, *options, "--out", str(out), "--facts", "IN/facts.txt") == 0
     shown = capsys.readouterr().out
     assert "text loss" in shown
+    assert "after 2 epochs" in shown
     assert str(out) in shown
     report = json.loads((out / "report.json").read_text())
-    assert report["config"]["budget"] == 5
+    config = report["config"]
+    assert (config["budget"], config["disruption_tokens"], config["rounding"]) == (5, 64, "nearest")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert (out / "model.safetensors").is_file()
     original = AutoModelForCausalLM.from_pretrained(files / "model")
