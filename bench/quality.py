@@ -270,13 +270,15 @@ def copies(parameters: Any) -> list[Tensor]:
 
 
 class Rows:
-    """The rows of one task in a file: those there are not measured again."""
+    """The rows of one task in a file, at least those ``attacks`` in each: those there are not measured again."""
 
-    def __init__(self, path: Path, common: Mapping[str, Any]) -> None:
-        self.path, self.common = path, dict(common)
+    def __init__(self, path: Path, common: Mapping[str, Any], attacks: Sequence[str]) -> None:
+        self.path, self.common = path, {**common, "attacks": list(attacks)}
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = [json.loads(line) for line in lines]
-        self.found = [row for row in rows if _has(row, self.common)]
+        self.found = [
+            _under(attacks, row) for row in rows if _has(row, common) and {*attacks} <= {*row.get("attacks", ())}
+        ]
 
     def get(self, **key: Any) -> dict[str, Any] | None:
         return next((row for row in self.found if _has(row, key)), None)
@@ -286,6 +288,14 @@ class Rows:
         write_rows(self.path, [row])
         self.found.append(row)
         show(row)
+
+
+def _under(attacks: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` as if it had been under no other attacks."""
+    if "attacked" not in row:
+        return row
+    attacked, relearning = ({name: row[key][name] for name in attacks} for key in ("attacked", "relearning"))
+    return {**row, "attacked": attacked, "relearning": relearning, "worst": max(attacked.values())}
 
 
 def _has(row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
@@ -503,9 +513,8 @@ def main() -> None:
         "model": Path(arguments.model).stem,
         "facts": hash_facts(task.facts)[:12],
         "tokens": arguments.tokens,
-        "attacks": list(task.attacks),
     }
-    rows = Rows(arguments.out / "quality.jsonl", common)
+    rows = Rows(arguments.out / "quality.jsonl", common, task.attacks)
     if not arguments.report:
         bench = Bench(arguments.model, task)
         if arguments.ablate:

@@ -38,7 +38,7 @@ def test_every_method_ends_inside_the_budget_and_no_row_is_measured_twice(bench,
     monkeypatch.setitem(BASELINES, "graddiff", type("Quick", (BASELINES["graddiff"],), {"rates": (1e-4, 1e-2)}))
     small = replace(quality.CIR, loss_layers=(1, 3), rank_background=4, rank_activation=2, rank_gradient=2)
     monkeypatch.setitem(quality.METHODS, "cir", small)
-    rows = Rows(tmp_path / "quality.jsonl", {"model": "tiny"})
+    rows = Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, TASK.attacks)
     before = [parameter.detach().clone() for parameter in bench.model.parameters()]
     for _ in range(2):
         compare(bench, rows, ["cir", "graddiff"], [0.5], [0])
@@ -53,15 +53,25 @@ def test_every_method_ends_inside_the_budget_and_no_row_is_measured_twice(bench,
         assert row["rise"] + row["rise_stderr"] <= 0.5
     assert written[0]["recall"] < 0.5 * written[-1]["recall"]
     assert written[-1]["change"] == 0
-    again = Rows(tmp_path / "quality.jsonl", {"model": "tiny"})
+    again = Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, TASK.attacks)
     assert again.found == written
-    assert Rows(tmp_path / "quality.jsonl", {"model": "other"}).found == []
+    assert Rows(tmp_path / "quality.jsonl", {"model": "other"}, TASK.attacks).found == []
+    assert Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, ("adam",)).found == []
 
     report(written, tmp_path / "quality.html")
     page = (tmp_path / "quality.html").read_text()
     assert "graddiff" in page
     assert f"{written[0]['recall']:.3f}" in page
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_under_more_attacks_count_under_fewer(tmp_path):
+    attacked = {"attacked": {"sgd": 0.3, "adam": 0.2}, "relearning": {"sgd": [0.1, 0.3], "adam": [0.1, 0.2]}}
+    kept = {"attacked": {"adam": 0.2}, "relearning": {"adam": [0.1, 0.2]}, "worst": 0.2}
+    row = {"kind": "run", "model": "tiny", "attacks": ["sgd", "adam"], "worst": 0.3, **attacked}
+    (tmp_path / "quality.jsonl").write_text(json.dumps(row))
+    assert Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, ("adam",)).found == [{**row, **kept}]
+    assert Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, ("adam", "lora")).found == []
 
 
 @pytest.mark.parametrize("power", [1.2, 2.0])
