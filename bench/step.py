@@ -49,11 +49,11 @@ TASKS = [
     ("W2", "ours", 1),
     ("W1", "ours", 10),
     ("W1", "eager", 2),
-    ("W1", "trimmed", 2),
     ("W1", "ascent", 2),
     ("W1", "ours", 2),
     ("W2", "saving", 1),
     ("W1", "saving", 10),
+    ("W1", "trimmed", 2),
 ]
 """Task, form, and update epochs: forms are compared over two, as ten of the eager one take minutes on any GPU."""
 
