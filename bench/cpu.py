@@ -71,15 +71,7 @@ class Workload:
         for target in self.targets:
             target.linear.weight.requires_grad_(True)
             undo.callback(target.linear.weight.requires_grad_, False)
-        eager = EagerCIR(
-            self.model,
-            self.stack,
-            self.layers,
-            config.rank_activation,
-            config.rank_gradient,
-            config.rate,
-            trims=trims,
-        )
+        eager = EagerCIR(self.model, self.stack, self.layers, config, trims=trims)
         eager.record(self.batches)
         eager.epoch(self.batches)
         return lambda: eager.epoch(self.batches)

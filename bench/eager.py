@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cir.config import CIRConfig
 from cir.facts import Batch
 from cir.sites import MLP, Stack
 
@@ -48,8 +49,9 @@ def padded(batch: Batch, mask: Tensor) -> Tensor:
 
 
 class EagerCIR:
-    """The forget steps of one model. ``solve`` is :func:`pca` or :func:`exact_pca`. ``trims``: run no layer above the
-    loss layers, as the authors' code does not either.
+    """The forget steps of one model. Of ``config`` the ranks, the rate and ``skip_first`` are read. ``solve`` is
+    :func:`pca` or :func:`exact_pca`. ``trims``: run no layer above the loss layers, as the authors' code does not
+    either.
     """
 
     def __init__(
@@ -57,21 +59,14 @@ class EagerCIR:
         model: Any,
         stack: Stack,
         loss_layers: Sequence[int],
-        rank_activation: int,
-        rank_gradient: int,
-        rate: float,
-        skip_first: int = 1,
+        config: CIRConfig,
         solve: Callable[[Tensor, int], Basis] = pca,
         trims: bool = True,
     ) -> None:
         self.trims = trims
         self.model, self.stack, self.loss_layers = model, stack, list(loss_layers)
-        self.ranks, self.rate, self.skip_first, self.solve = (
-            (rank_activation, rank_gradient),
-            rate,
-            skip_first,
-            solve,
-        )
+        self.ranks = int(config.rank_activation), int(config.rank_gradient)
+        self.rate, self.skip_first, self.solve = config.rate, config.skip_first, solve
         self.mlps: tuple[MLP, ...] = stack.mlps[: self.loss_layers[-1] + 1]
         self.linears = [target.linear for mlp in self.mlps for target in mlp.targets]
         self.bases: dict[nn.Linear, tuple[Basis, Basis]] = {}

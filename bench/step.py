@@ -167,15 +167,7 @@ class Run:
 
     def _eager(self, form: str, batches: list[Batch], retain: list[Batch], check: Callable[[], Any]) -> None:
         config = self.config
-        eager = EagerCIR(
-            self.model,
-            self.stack,
-            self.layers,
-            config.rank_activation,
-            config.rank_gradient,
-            config.rate,
-            trims=form != "eager",
-        )
+        eager = EagerCIR(self.model, self.stack, self.layers, config, trims=form != "eager")
         eager.record(batches)
         eager.record_retain(retain)
         if form != "ascent":

@@ -77,15 +77,7 @@ def paper_and_ours(make, tokenizer, config):
                 forgetter.fit()
                 forgetter.epoch(config.rate)
         else:
-            eager = EagerCIR(
-                model,
-                stack,
-                layers,
-                config.rank_activation,
-                config.rank_gradient,
-                config.rate,
-                solve=exact_pca,
-            )
+            eager = EagerCIR(model, stack, layers, config, solve=exact_pca)
             eager.record(batches)
             eager.epoch(batches)
             eager.epoch(batches)
