@@ -81,9 +81,9 @@ def plain_step(
     Raises:
         NonFiniteError: before any weight is changed.
     """
-    # A sum is finite only where its terms are.
-    total = sum(rows.sum(dtype=torch.float64).to(targets[0].linear.weight.device) for rows in tokens.values())
-    value, summed = _on_host(loss, torch.as_tensor(total))
+    # Sums are finite only where their terms are; of the extremes, as no copy in float64 is made of all.
+    extremes = [extreme.double() for rows in tokens.values() for extreme in torch.aminmax(rows)]
+    value, summed = _on_host(loss, torch.stack([e.to(targets[0].linear.weight.device) for e in extremes]).sum())
     if not math.isfinite(value + summed):
         raise NonFiniteError(f"expected a finite loss and finite rows, got loss {value}; no weight was changed")
     add_outer(targets, tokens, -rate, rounding, seed, remainders)

@@ -21,8 +21,6 @@ from cir.subspace import Subspaces, SubspaceStream
 
 logger = logging.getLogger(__name__)
 
-_Originals = tuple[dict[int, OriginalOutput], dict[int, Tensor]]
-
 
 @dataclass(frozen=True)
 class EpochLosses:
@@ -104,8 +102,8 @@ class Forgetter:
         self._common = Subspaces({}, config.mode) if subspaces is None else subspaces
         self._at_once = at_once
         with phase("record originals"):
-            self._steps = [self._recorded(batch, self._to_break) for batch in batches]
-            self._retain_steps = [self._recorded(batch, self._to_keep) for batch in retain if config.retain_rate]
+            self._steps = [self._recorded(batch) for batch in batches]
+        self._retain_steps: list[_Step] = []
         self._retained = 0
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
 
@@ -115,12 +113,10 @@ class Forgetter:
         return self._background.then(self._common)
 
     def fit(self, on_step: Callable[[], object] = lambda: None, stop: threading.Event | None = None) -> None:
-        """Fit bases on the retain text and on the facts, changing no weight."""
-        if self._stream is None:
-            return
-        with phase("fit background"):
-            self._background = self._background.then(self._fit_background(on_step))
-        for i in range(len(self._steps)):
+        """Record the retain text, and fit bases on it and on the facts; no weight changes. Epochs come after this."""
+        with phase("read retain text"):
+            self._background = self._background.then(self._read_retain(on_step, stop))
+        for i in range(len(self._steps) if self._stream is not None else 0):
             if stop is not None and stop.is_set():
                 return
             self._observe(self.forget_tokens(i)[1])
@@ -128,11 +124,15 @@ class Forgetter:
         self._solve()
 
     def epoch(
-        self, rate: float, on_step: Callable[[], object] = lambda: None, stop: threading.Event | None = None
+        self,
+        rate: float,
+        on_step: Callable[[], object] = lambda: None,
+        stop: threading.Event | None = None,
+        last: bool = False,
     ) -> EpochLosses:
         """One forget step for each batch, each followed by a retain step where ``retain_rate`` says so.
 
-        Set ``stop`` to end after the step under way.
+        Set ``stop`` to end after the step under way. The ``last`` epoch fits no bases for another.
 
         Raises:
             NonFiniteError: before the step that met a NaN or infinity changes any weight.
@@ -143,15 +143,17 @@ class Forgetter:
                 break
             loss, tokens = self.forget_tokens(i)
             with phase("collapse, moments"):
-                tokens = self._observed_and_collapsed(tokens)
+                tokens = self._common.collapse_(tokens) if last else self._observed_and_collapsed(tokens)
             selective_step(self._targets, tokens, rate, *self._rounding(), loss=loss)
+            del tokens  # most of what a step holds, and not to be held in the next forward
             breaking.append(loss)
             if self._retain_steps:
                 with phase("retain"):
                     retain.append(self._retain_step())
             on_step()
         else:
-            self._solve()
+            if not last:
+                self._solve()
         return EpochLosses(_mean(breaking) or 0.0, _mean(retain))
 
     def forget_tokens(self, i: int) -> tuple[Tensor, Tokens]:
@@ -228,29 +230,32 @@ class Forgetter:
                 self._common = self._stream.solve()
 
     @torch.no_grad()
-    def _recorded(self, batch: Batch, record: Callable[[Hidden, Tensor], _Originals]) -> _Step:
+    def _recorded(self, batch: Batch) -> _Step:
         mask = batch.counted(self._config.skip_first)
-        return _Step(batch, *record(self._tape.forward(batch, mask), mask), self._config.skip_first)
-
-    def _to_break(self, hidden: Hidden, mask: Tensor) -> _Originals:
+        hidden = self._tape.forward(batch, mask)
         broken = hidden.mlp_outputs(self._loss_layers)
         held = hidden.mlp_outputs(hidden.outputs) if self._config.growth_weight else {}
         norms = {layer: row_norms(output, mask) for layer, output in held.items()}
-        return {layer: original_output(output, mask) for layer, output in broken.items()}, norms
-
-    def _to_keep(self, hidden: Hidden, mask: Tensor) -> _Originals:
-        return {self._loss_layers[-1]: original_output(hidden.real(hidden.last), mask)}, {}
+        originals = {layer: original_output(output, mask) for layer, output in broken.items()}
+        return _Step(batch, originals, norms, self._config.skip_first)
 
     @torch.no_grad()
-    def _fit_background(self, on_step: Callable[[], object]) -> Subspaces:
-        rank = self._config.rank_background
-        if rank == 0:
-            return Subspaces({}, "orthogonal")
+    def _read_retain(self, on_step: Callable[[], object], stop: threading.Event | None) -> Subspaces:
+        """What the text uses of the activations; for retain steps, its hidden states, from the same forwards."""
+        config = self._config
+        rank = 0 if self._stream is None else config.rank_background
         sites = [site for site in sites_of(self._targets) if site.kind == "activation"]
-        stream = SubspaceStream(sites, rank_activation=rank, rank_gradient=1, seed=self._config.seed)
-        for batch in self._retain:
+        stream = SubspaceStream(sites, rank_activation=rank, rank_gradient=0, seed=config.seed)
+        for batch in self._retain if rank or config.retain_rate else ():
+            if stop is not None and stop.is_set():
+                return Subspaces({}, "orthogonal")
             # First tokens too: attention sinks are what a change of the weights must not touch.
-            stream.observe(self._background.collapse_(self._tape.forward(batch, batch.counted(0)).tokens))
+            hidden = self._tape.forward(batch, batch.counted(0))
+            stream.observe(self._background.collapse_(hidden.tokens))
+            if config.retain_rate:
+                mask = batch.counted(config.skip_first)
+                kept = {self._loss_layers[-1]: original_output(hidden.real(hidden.last), mask)}
+                self._retain_steps.append(_Step(batch, kept, {}, config.skip_first))
             on_step()
         return stream.solve()
 

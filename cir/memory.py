@@ -134,9 +134,9 @@ def settle(model: Any, stack: Stack, last_layer: int, need: Need, offloading: st
 
 
 def _moments(ranks: Mapping[Site, int], exact: bool = False) -> int:
-    """Bytes of X^T X Omega in float64 and of Omega in bfloat16, or of X^T X."""
+    """Bytes of X^T X Omega in float64 and of Omega in bfloat16, or of half X^T X."""
     columns = {site: columns_at(site, rank, exact) for site, rank in ranks.items() if rank}
-    return sum(site.width * (8 * n + (2 * n if n < site.width else 0)) for site, n in columns.items())
+    return sum(site.width * (10 * n if n < site.width else 4 * n + 4) for site, n in columns.items())
 
 
 def offloaded(model: Any, stack: Stack, last_layer: int, device: torch.device) -> ExitStack:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cir.sites import Site
-from cir_kernels import Moments, accumulate_moments, collapse, collapse_and_accumulate, new_moments
+from cir_kernels import Moments, accumulate_moments, collapse, collapse_and_accumulate, new_moments, symmetric
 
 if TYPE_CHECKING:
     from cir.config import CIRConfig
@@ -57,21 +57,21 @@ def principal_components(moments: Moments, rank: int, centred: bool = True) -> t
     Raises:
         ValueError: if no rows were seen, ``rank`` exceeds the columns kept, or a moment is not finite.
     """
-    columns = moments.action.shape[1]
+    width, omega = len(moments.total), moments.omega
+    columns = width if omega is None else omega.shape[1]
     if not moments.count:
         raise ValueError("expected moments of at least one token, got none")
     if rank > columns:
         raise ValueError(f"expected at most {columns} components, got {rank}")
     if not torch.isfinite(moments.action).all():
         raise ValueError("expected finite moments, got NaN or infinity")
-    mean, omega = moments.total / moments.count, None if moments.omega is None else moments.omega.double()
-    action = moments.action
-    if centred:
-        projected = mean if omega is None else mean @ omega
-        action = torch.addr(action, moments.total, projected, alpha=-1)
+    mean = moments.total / moments.count * centred
     if omega is None:
-        variance, components = torch.linalg.eigh((action + action.T) / 2)
+        scatter = symmetric(moments.action, width)
+        variance, components = torch.linalg.eigh(scatter.addr_(moments.total, mean, alpha=-1))
     else:
+        omega = omega.double()
+        action = torch.addr(moments.action, moments.total, mean @ omega, alpha=-1)
         variance, components = _nystroem(action, omega)
     variance = variance.flip(-1)[:rank].clamp_min(0) / moments.count
     components = torch.linalg.qr(components.flip(-1)[:, :rank])[0]
@@ -304,12 +304,13 @@ class SubspaceStream:
 
     def solve(self) -> Subspaces:
         """Turn what was observed into subspaces, and start the next stream empty and warm."""
+        # The moments of a site are let go as its basis comes: of large ranks both at once would be the most held.
         solved = {
-            site.name: common_subspace(self._moments[site.name], self._ranks[site], self._mode)
+            site.name: common_subspace(self._moments.pop(site.name), self._ranks[site], self._mode)
             for site in self._sites
         }
         self._components = {name: subspace.basis for name, subspace in solved.items()}
-        self._moments, self._random = {}, {}
+        self._random = {}
         return Subspaces(solved, self._mode)
 
     def _moments_at(self, site: Site, rows: Tensor) -> Moments:

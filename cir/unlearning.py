@@ -88,9 +88,7 @@ def unlearn(
     config.check_rounding(targets[0].linear.weight.dtype)
     batches = fact_batches(tokenizer, facts, config, model.device)
     retain_batches, disruption_rows = text_batches(tokenizer, retain, disruption, config, model.device)
-    steps = config.max_epochs * len(batches)
-    if subspaces is None:
-        steps += len(batches) + (len(retain_batches) if config.rank_background else 0)
+    steps = config.max_epochs * len(batches) + (len(batches) if subspaces is None else 0) + len(retain_batches)
     fitting = config if subspaces is None else replace(config, rank_activation=0, rank_gradient=0, rank_background=0)
     need = needed(model, stack, batches, retain_batches, fitting)
     need, offloads = settle(model, stack, layers[-1], need, offload)
@@ -123,7 +121,7 @@ def unlearn(
             report.stopped = "all epochs done"
             for number in range(1, config.max_epochs + 1):
                 with clock.phase("epochs"):
-                    losses = forgetter.epoch(config.rate, bar.update, stop)
+                    losses = forgetter.epoch(config.rate, bar.update, stop, last=number == config.max_epochs)
                 if stop.is_set():
                     report.stopped = "interrupted"
                     break

@@ -29,6 +29,7 @@ from cir_kernels.collapse import (
     project,
     sides,
 )
+from cir_kernels.scatter import accumulate_scatter
 
 
 @dataclass
@@ -38,9 +39,10 @@ class Moments:
     Attributes:
         count: () int64, rows seen.
         total: (D,) float64, the sum of the rows.
-        action: (D, s) float64 X^T X Omega, the action of the uncentred scatter on the test matrix.
-        omega: (D, s) bfloat16 the test matrix Omega; None for the identity, where ``action`` is the full scatter.
-            Any test matrix serves; this one is exact in the type that tensor cores multiply.
+        action: (D, s) float64 X^T X Omega, the action of the uncentred scatter on the test matrix; without one the
+            scatter itself, its lower triangle packed as :func:`cir_kernels.accumulate_scatter` has it.
+        omega: (D, s) bfloat16 the test matrix Omega; None for the identity. Any test matrix serves; this one is
+            exact in the type that tensor cores multiply.
     """
 
     count: Tensor
@@ -58,11 +60,11 @@ def new_moments(width: int, omega: Tensor | None, device: torch.device | str = "
     if omega is not None:
         check_basis(omega, None, width, "omega")
         omega = omega.to(device, torch.bfloat16).contiguous()
-    columns = width if omega is None else omega.shape[1]
+    shape = (width * (width + 1) // 2,) if omega is None else omega.shape
     return Moments(
         torch.zeros((), dtype=torch.int64, device=device),
         torch.zeros(width, dtype=torch.float64, device=device),
-        torch.zeros(width, columns, dtype=torch.float64, device=device),
+        torch.zeros(shape, dtype=torch.float64, device=device),
         omega,
     )
 
@@ -75,7 +77,7 @@ def accumulate_moments(
     Rows where ``mask`` (T,) is False contribute nothing. Sums are float32 but for rows beside which the others
     would be lost, which are float64; sums over calls are float64. The kernels round X Omega of a bfloat16 X to
     bfloat16 in between, as PyTorch does. Memory beyond the state is O(T s); the PyTorch form's is O(T (D + s)).
-    Without a test matrix it is that form that runs, in float64 throughout.
+    Without a test matrix all is float64.
 
     Raises:
         TypeError: if ``x`` is not a floating tensor.
@@ -83,7 +85,13 @@ def accumulate_moments(
         RuntimeError: if the backend asked for cannot run.
     """
     _check(state, x, mask)
-    chosen = resolve(backend, x) if state.omega is not None else "torch"
+    if state.omega is None:
+        rows = x if mask is None else x.masked_fill(~mask[:, None], 0)
+        state.count.add_(len(x) if mask is None else mask.sum())
+        state.total.add_(rows.double().sum(0))
+        accumulate_scatter(state.action, x, None, mask, backend=backend)
+        return state
+    chosen = resolve(backend, x)
     _accumulate(x, state.omega, None, None, mask, state.count, state.total, state.action, None, chosen)
     return state
 
@@ -126,12 +134,12 @@ def _check(state: Moments, x: Tensor, mask: Tensor | None) -> None:
 
 
 @register(
-    "accumulate_moments(Tensor x, Tensor? omega, Tensor? basis, Tensor? mixer, Tensor? mask, Tensor(a!) count,"
+    "accumulate_moments(Tensor x, Tensor omega, Tensor? basis, Tensor? mixer, Tensor? mask, Tensor(a!) count,"
     " Tensor(b!) total, Tensor(c!) action, Tensor(d!)? out, str backend) -> ()"
 )
 def _accumulate(
     x: Tensor,
-    omega: Tensor | None,
+    omega: Tensor,
     basis: Tensor | None,
     mixer: Tensor | None,
     mask: Tensor | None,
@@ -146,7 +154,7 @@ def _accumulate(
         reference.accumulate_moments(x, omega, mask, total, action)
         if out is not None and basis is not None:
             reference.collapse(x, basis, mixer, mask, out)
-    elif x.numel() and omega is not None:
+    elif x.numel():
         _launch(x, omega, basis, mixer, mask, total, action, out)
 
 

@@ -40,7 +40,8 @@ def outer_norm_sq(groups: Sequence[Group], *, backend: str | None = None) -> Ten
         for g in grads:
             _check_pair(g, a)
         d_out = sum(g.shape[1] for g in grads)
-        gram = len(a) * (d_out + a.shape[1]) <= d_out * a.shape[1]
+        # Of symmetric products little more than half is formed.
+        gram = len(a) * (d_out + a.shape[1]) <= 1.5 * d_out * a.shape[1]
         by_form.setdefault((gram, resolve(backend, a), a.device, a.dtype), []).append((grads, a))
     for (gram, chosen, device, _), members in by_form.items():
         total = torch.zeros((), dtype=torch.float64, device=device)

@@ -13,6 +13,19 @@ from torch import Tensor
 
 from cir_kernels.rounding import dither, join, random_bits, split
 
+BLOCK = 128
+"""Rows of a symmetric product formed at once."""
+
+
+def _blocks(size: int) -> list[tuple[int, int]]:
+    """Ranges of rows by which the lower triangle of a symmetric product costs little more than half of it."""
+    return [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+
+
+def _sum(x: Tensor) -> Tensor:
+    """float64 sum of a matrix. A copy of all of it in float64 would take longer than what it is the sum of."""
+    return x.sum(1).double().sum()
+
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half-precision operands are multiplied and summed in float32."""
@@ -36,26 +49,27 @@ def collapse(
     return result.to(x.dtype) if out is None or out is result else out.copy_(result)
 
 
-def accumulate_moments(x: Tensor, omega: Tensor | None, mask: Tensor | None, total: Tensor, action: Tensor) -> None:
-    """Add column sums (D,) and X^T X Omega (D, s) to float64 sums in place; Omega = I where None.
+def accumulate_moments(x: Tensor, omega: Tensor, mask: Tensor | None, total: Tensor, action: Tensor) -> None:
+    """Add column sums (D,) and X^T X Omega (D, s) to float64 sums in place.
 
     One token's gradient can be 1e5 times the median's: squared, float32 would lose every component but that
-    token's. Such rows are multiplied in float64, and so is all where Omega is None or X is float64.
+    token's. Such rows are multiplied in float64, and so is all where X is float64.
     """
     rows = x if mask is None else x[mask]
-    total += rows.double().sum(0)
-    if omega is not None and x.dtype != torch.float64:
+    if x.dtype != torch.float64:
         rows = rows.float()
         huge = huge_rows(rows)
         action += rows.T @ (rows @ omega.float()).masked_fill_(huge[:, None], 0)
+        total += (~huge).float() @ rows
         rows = rows[huge]
     rows = rows.double()
-    action.addmm_(rows.T, rows if omega is None else rows @ omega.double())
+    total += rows.sum(0)
+    action.addmm_(rows.T, rows @ omega.double())
 
 
 def huge_rows(x: Tensor) -> Tensor:
     """(T,) bool: the largest entry is more than 16 times the geometric mean of all rows' largest entries."""
-    largest = x.abs().amax(1) if x.numel() else x.new_zeros(len(x))
+    largest = torch.maximum(x.amax(1), -x.amin(1)) if x.numel() else x.new_zeros(len(x))
     logs = largest[largest > 0].log2()
     return largest > torch.exp2(logs.mean() + 4) if len(logs) else largest > 0
 
@@ -65,30 +79,33 @@ def accumulate_scatter(c: Tensor, x: Tensor, mean: Tensor | None, mask: Tensor |
     rows = (x if mask is None else x[mask]).to(c.dtype)
     if mean is not None:
         rows = rows - mean.to(c.dtype)
-    product = rows.T @ rows
-    if c.ndim == 2:
-        c += product.tril()
-    else:
-        lower = torch.tril_indices(*product.shape, device=c.device)
-        c += product[lower[0], lower[1]]
+    for start, stop in _blocks(rows.shape[1]):
+        product = rows[:, start:stop].T @ rows[:, :stop]
+        if c.ndim == 2:
+            c[start:stop, :stop] += product.tril(start)
+        else:
+            lower = torch.tril_indices(stop - start, stop, start, device=c.device)
+            c[start * (start + 1) // 2 : stop * (stop + 1) // 2] += product[lower[0], lower[1]]
 
 
 def outer_norm_sq_gram(grads: Sequence[Tensor], a: Tensor) -> Tensor:
     """Sum over G of ||G^T A||_F^2 as sum((G G^T) * (A A^T)): T x T matrices, for T below the widths."""
     dtype = _compute_dtype(a.dtype)
-    gram = a.new_zeros(len(a), len(a), dtype=dtype)
-    for g in grads:
-        g = g.to(dtype)
-        gram.addmm_(g, g.T)
-    a = a.to(dtype)
-    return torch.sum(gram.mul_(a @ a.T), dtype=torch.float64).clamp_min(0)
+    a, grads = a.to(dtype), [g.to(dtype) for g in grads]
+    total = a.new_zeros((), dtype=torch.float64)
+    for start, stop in _blocks(len(a)):
+        products = a[start:stop] @ a[:stop].T
+        products *= sum(g[start:stop] @ g[:stop].T for g in grads)
+        # What lies left of the block on the diagonal counts for its mirror image too.
+        total += 2 * _sum(products) - _sum(products[:, start:])
+    return total.clamp_min(0)
 
 
 def outer_norm_sq_direct(grads: Sequence[Tensor], a: Tensor) -> Tensor:
     """Sum over G of ||G^T A||_F^2 from the D_out x D_in products, for T above the widths."""
     dtype = _compute_dtype(a.dtype)
     a = a.to(dtype)
-    return torch.stack([torch.sum((g.to(dtype).T @ a) ** 2, dtype=torch.float64) for g in grads]).sum()
+    return torch.stack([_sum((g.to(dtype).T @ a).square_()) for g in grads]).sum()
 
 
 def outer_update_(

@@ -46,13 +46,10 @@ def accumulate_scatter(
 
 def symmetric(c: Tensor, width: int) -> Tensor:
     """The full (D, D) matrix of what :func:`accumulate_scatter` left in ``c``, packed or not."""
-    if c.ndim == 2:
-        return c.tril() + c.tril(-1).T
-    full = c.new_zeros(width, width)
-    rows, columns = torch.tril_indices(width, width, device=c.device)
-    full[rows, columns] = c
-    full[columns, rows] = c
-    return full
+    if c.ndim == 1:
+        lower = torch.ones(width, width, dtype=torch.bool, device=c.device).tril_()
+        c = c.new_zeros(width, width).masked_scatter_(lower, c)
+    return c.tril() + c.tril(-1).T
 
 
 @register("accumulate_scatter(Tensor(a!) c, Tensor x, Tensor? mean, Tensor? mask, str backend) -> ()")

@@ -5,11 +5,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cir_kernels import accumulate_moments, collapse, new_moments, outer_norm_sq, outer_update_, reference
+from cir_kernels import (
+    accumulate_moments,
+    accumulate_scatter,
+    collapse,
+    new_moments,
+    outer_norm_sq,
+    outer_update_,
+    reference,
+    symmetric,
+)
 from tests import oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 UNIT = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Symmetric products of these few rows and columns are formed block by block too."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reference, "BLOCK", 3)
+        yield
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -89,11 +106,19 @@ def test_moments_do_not_depend_on_how_the_stream_is_cut(dtype, pieces, width, da
     rows = x[mask].double()
     scatter = oracle.outer_sum(rows, rows)
     assert state.count == len(rows)
-    torch.testing.assert_close(state.total, rows.sum(0))
-    # The formula in float64; with a test matrix ordinary rows are multiplied in float32.
-    want = scatter if omega is None else scatter @ omega.double()
-    exact = omega is None or dtype == torch.float64
-    close(state.action, want, rows.square().sum() + 1, torch.float64 if exact else torch.float32)
+    # The formula in float64; with a test matrix ordinary rows are multiplied and summed in float32.
+    computed = torch.float64 if omega is None or dtype == torch.float64 else torch.float32
+    close(state.total, rows.sum(0), rows.abs().sum() + 1, computed)
+    got = symmetric(state.action, width) if omega is None else state.action
+    close(got, scatter if omega is None else scatter @ omega.double(), rows.square().sum() + 1, computed)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_scatter_is_the_lower_triangle(packed):
+    x, width = rand(5, 8), 8
+    c = torch.full((width * (width + 1) // 2,), 2.0) if packed else torch.full((width, width), 2.0)
+    got = symmetric(accumulate_scatter(c.double(), x), width)
+    torch.testing.assert_close(got, 2 + x.T @ x)
 
 
 def test_moments_keep_small_directions_beside_a_huge_row():
@@ -106,7 +131,8 @@ def test_moments_keep_small_directions_beside_a_huge_row():
     others = vectors[:, :-1]
     for omega in (None, torch.eye(16)):
         state = accumulate_moments(new_moments(16, omega), x)
-        kept = torch.diag(others.T @ state.action @ others)
+        action = symmetric(state.action, 16) if omega is None else state.action
+        kept = torch.diag(others.T @ action @ others)
         torch.testing.assert_close(kept, values[:-1], rtol=1e-4, atol=0)
     lost = torch.diag(others.T @ (x.T @ x).double() @ others)
     assert float((lost / values[:-1] - 1).abs().max()) > 0.1

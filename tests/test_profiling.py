@@ -21,7 +21,7 @@ def test_a_profile_names_every_phase_and_changes_nothing(model, tokenizer, uncha
     assert {
         "budget check",
         "record originals",
-        "fit background",
+        "read retain text",
         "forward",
         "backward",
         "collapse, background",
