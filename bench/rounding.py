@@ -1,6 +1,6 @@
 """What rounding an update to bfloat16 weights drops, and what that costs: forgetting at equal disruption.
 
-    python -m bench.rounding [--facts A.jsonl ...] [--retain R.txt --disruption D.txt] [--epochs 2]
+    python -m bench.rounding [--facts A.jsonl ...] [--retain R.txt --disruption D.txt] [--epochs 2] [--seeds 0 1 2]
 
 SmolLM2-135M with its weights rounded to bfloat16, then unlearned with each rounding of the updates, and with none.
 They lie in float32, whose products are faster on a CPU; every update leaves them with values of bfloat16.
@@ -9,6 +9,7 @@ They lie in float32, whose products are faster on a CPU; every update leaves the
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rates", type=float, nargs="+", default=[CIRConfig().rate])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     arguments = parser.parse_args()
     model, tokenizer = load_model(demo_model(), device="cpu")
@@ -90,10 +92,14 @@ def main() -> None:
         if path
     }
     originals = [weight.bfloat16() for weight in snapshot(targets)]
-    print(f"{'rounding':<13}{'rate':>6}{'recall':>9}{'rise':>10}{'kept of the updates':>21}", flush=True)
-    for rate in arguments.rates:
+    print(f"{'rounding':<13}{'rate':>6}{'seed':>6}{'recall':>9}{'rise':>10}{'kept of the updates':>21}", flush=True)
+    for rate, seed in itertools.product(arguments.rates, arguments.seeds):
         config = CIRConfig(
-            rate=rate, budget=arguments.budget, max_epochs=arguments.epochs, disruption_tokens=arguments.tokens
+            rate=rate,
+            budget=arguments.budget,
+            max_epochs=arguments.epochs,
+            disruption_tokens=arguments.tokens,
+            seed=seed,
         )
         for rounding in (None, *ROUNDINGS):
             restore(targets, originals)
@@ -104,6 +110,7 @@ def main() -> None:
                 "bench": "rounding",
                 "rounding": rounding or "float32",
                 "rate": rate,
+                "seed": seed,
                 "epochs": arguments.epochs,
                 "tokens": arguments.tokens,
                 "budget": arguments.budget,
@@ -115,7 +122,7 @@ def main() -> None:
             }
             write_rows(arguments.out / "rounding.jsonl", [row])
             print(
-                f"{row['rounding']:<13}{rate:>6}{row['recall']:>9.4f}{row['rise']:>+10.3%}{row['kept']:>21.2%}",
+                f"{row['rounding']:<13}{rate:>6}{seed:>6}{row['recall']:>9.4f}{row['rise']:>+10.3%}{row['kept']:>21.2%}",
                 flush=True,
             )
 

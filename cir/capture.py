@@ -46,6 +46,7 @@ class Hidden:
         places: (N,) of the batch's real tokens in the flattened forward. counted: of those that are counted.
         outputs: flattened output of each layer's MLP, by layer. last: of the last layer run.
         tokens: rows of the counted tokens at every activation site; :meth:`Capture.backward` adds the gradient sites.
+        observe: given those of each site as they come; none of them are kept then.
     """
 
     places: Tensor
@@ -53,6 +54,7 @@ class Hidden:
     outputs: dict[int, Tensor]
     last: Tensor
     tokens: Tokens
+    observe: Callable[[Tokens], object] | None = None
 
     def real(self, rows: Tensor) -> Tensor:
         """(N, D) of the real tokens, from a flattened output."""
@@ -74,15 +76,16 @@ class Capture:
         # The pass under way; None in full forwards, such as a budget check's, of which nothing is kept.
         self._current: Hidden | None = None
 
-    def forward(self, batch: Batch, mask: Tensor) -> Hidden:
+    def forward(self, batch: Batch, mask: Tensor, observe: Callable[[Tokens], object] | None = None) -> Hidden:
         """Run ``batch`` through the embedding and the layers 0..last_layer, and nothing above.
 
-        ``mask`` (N,) bool says which of its real tokens are counted. The LM head is not run. Gradient flows
-        unless the caller is in ``torch.no_grad()``.
+        ``mask`` (N,) says which of its real tokens are counted, as bools or as places. With ``observe`` no rows of
+        theirs are kept: it is given those of each site as they come. The LM head is not run. Gradient flows unless
+        the caller is in ``torch.no_grad()``.
         """
         stack, layers = self._stack, self._stack.layers
         inputs, places = packed_inputs(stack, batch)
-        hidden = Hidden(places, places[mask], {}, places, {})
+        hidden = Hidden(places, places[mask], {}, places, {}, observe)
 
         def keep_mlp(layer: int) -> Callable[..., None]:
             return lambda module, args, output: hidden.outputs.update({layer: output.flatten(0, -2)})
@@ -118,9 +121,14 @@ class Capture:
             self._current = None
 
     def _record(self, site: Site, rows: Tensor) -> None:
-        if self._current is not None and site.name not in self._current.tokens:
-            kept = self._current.counted.to(rows.device)
-            self._current.tokens[site.name] = rows.detach().flatten(0, -2).index_select(0, kept)
+        hidden = self._current
+        if hidden is None or site.name in hidden.tokens:
+            return
+        rows = rows.detach().flatten(0, -2).index_select(0, hidden.counted.to(rows.device))
+        if hidden.observe is not None:
+            hidden.observe({site.name: rows})
+            rows = rows[:0].clone()  # seen; linears that read one site share it
+        hidden.tokens[site.name] = rows
 
     def _tapped(self, target: Target) -> Callable[[Tensor], Tensor]:
         def record(grad: Tensor) -> None:

@@ -145,7 +145,7 @@ class Forgetter:
             with phase("collapse, moments"):
                 tokens = self._common.collapse_(tokens) if last else self._observed_and_collapsed(tokens)
             selective_step(self._targets, tokens, rate, *self._rounding(), loss=loss)
-            del tokens  # most of what a step holds, and not to be held in the next forward
+            del tokens  # most of what a step holds; it is not to be held in the next forward
             breaking.append(loss)
             if self._retain_steps:
                 with phase("retain"):
@@ -232,7 +232,7 @@ class Forgetter:
     @torch.no_grad()
     def _recorded(self, batch: Batch) -> _Step:
         mask = batch.counted(self._config.skip_first)
-        hidden = self._tape.forward(batch, mask)
+        hidden = self._tape.forward(batch, mask, observe=lambda tokens: None)
         broken = hidden.mlp_outputs(self._loss_layers)
         held = hidden.mlp_outputs(hidden.outputs) if self._config.growth_weight else {}
         norms = {layer: row_norms(output, mask) for layer, output in held.items()}
@@ -246,16 +246,20 @@ class Forgetter:
         rank = 0 if self._stream is None else config.rank_background
         sites = [site for site in sites_of(self._targets) if site.kind == "activation"]
         stream = SubspaceStream(sites, rank_activation=rank, rank_gradient=0, seed=config.seed)
+
+        def observe(tokens: Tokens) -> None:
+            stream.observe(self._background.collapse_(tokens))
+
         for batch in self._retain if rank or config.retain_rate else ():
             if stop is not None and stop.is_set():
                 return Subspaces({}, "orthogonal")
             # First tokens too: attention sinks are what a change of the weights must not touch.
-            hidden = self._tape.forward(batch, batch.counted(0))
-            stream.observe(self._background.collapse_(hidden.tokens))
+            hidden = self._tape.forward(batch, batch.counted(0), observe)
             if config.retain_rate:
                 mask = batch.counted(config.skip_first)
                 kept = {self._loss_layers[-1]: original_output(hidden.real(hidden.last), mask)}
                 self._retain_steps.append(_Step(batch, kept, {}, config.skip_first))
+            del hidden  # nor is it to be held in the next forward
             on_step()
         return stream.solve()
 

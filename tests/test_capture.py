@@ -68,6 +68,17 @@ def test_nothing_above_the_last_layer_runs(model):
     torch.testing.assert_close(hidden.real(hidden.last), whole.hidden_states[2][BATCH.attention_mask])
 
 
+def test_rows_that_are_observed_are_those_that_were_kept(model):
+    seen = {}
+    with capture(model, find_stack(model), 1) as tape, torch.no_grad():
+        kept = tape.forward(BATCH, BATCH.counted(1)).tokens
+        hidden = tape.forward(BATCH, BATCH.counted(1), seen.update)
+    assert seen.keys() == kept.keys()
+    for name, rows in kept.items():
+        assert torch.equal(rows, seen[name])
+        assert not hidden.tokens[name].numel()
+
+
 def test_everything_is_restored_after_an_exception(model, unchanged):
     unchanged(model)
     stack = find_stack(model)

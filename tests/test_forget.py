@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from cir.facts import load_facts
 from cir.forget import Forgetter
 from cir.objectives import mlp_growth, row_norms
 from cir.sites import find_stack
+from cir.subspace import SubspaceStream
 from cir.unlearning import benign_batches, fact_batches
 from tests.tiny import TEXT, facts, tiny_llama
 
@@ -51,11 +53,11 @@ def test_where_memory_is_short_the_step_is_taken_in_parts_and_is_the_same(tokeni
     losses, weights = epochs(tokenizer, tiny_llama(torch.float64))
     forward, refused = Capture.forward, []
 
-    def short(self, batch, mask):
+    def short(self, batch, mask, observe=None):
         if torch.is_grad_enabled() and len(batch.input_ids) > most:
             refused.append(len(batch.input_ids))
             raise torch.OutOfMemoryError("out of memory")
-        return forward(self, batch, mask)
+        return forward(self, batch, mask, observe)
 
     monkeypatch.setattr(Capture, "forward", short)
     in_parts, same = epochs(tokenizer, tiny_llama(torch.float64))
@@ -73,7 +75,7 @@ def test_one_sentence_that_does_not_fit_is_an_error_that_changes_nothing(tokeniz
     model = tiny_llama()
     unchanged(model)
 
-    def short(self, batch, mask):
+    def short(self, *args, **kwargs):
         raise torch.OutOfMemoryError("out of memory")
 
     def from_now_on(forgetter):
@@ -82,6 +84,47 @@ def test_one_sentence_that_does_not_fit_is_an_error_that_changes_nothing(tokeniz
     with pytest.raises(torch.OutOfMemoryError):
         epochs(tokenizer, model, before_epochs=from_now_on)
     unchanged(model)
+
+
+def test_the_rows_of_a_step_are_gone_before_the_next_forward(tokenizer, monkeypatch):
+    held, forward, backward = [], Capture.forward, Capture.backward
+
+    def kept(self, loss, hidden):
+        tokens = backward(self, loss, hidden)
+        held.extend(weakref.ref(rows) for rows in tokens.values())
+        return tokens
+
+    def checked(self, *args, **kwargs):
+        assert not any(rows() is not None for rows in held)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Capture, "forward", checked)
+    monkeypatch.setattr(Capture, "backward", kept)
+    epochs(tokenizer, tiny_llama())
+    assert held
+
+
+def test_the_last_epoch_steps_like_any_other_and_fits_nothing(tokenizer, monkeypatch):
+    seen = []
+
+    def note(name):
+        method = getattr(SubspaceStream, name)
+        monkeypatch.setattr(SubspaceStream, name, lambda *args: seen.append(name) or method(*args))
+
+    for name in ("observe", "observe_and_collapse_", "solve"):
+        note(name)
+
+    def after(last):
+        def epoch(forgetter):
+            seen.clear()
+            forgetter.epoch(1.0, last=last)
+
+        return epochs(tokenizer, tiny_llama(), number=0, before_epochs=epoch)[1], set(seen)
+
+    (weights, fitted), (same, nothing) = after(False), after(True)
+    assert fitted == {"observe", "observe_and_collapse_", "solve"}
+    assert not nothing
+    assert all(map(torch.equal, weights, same))
 
 
 def test_what_the_mlps_say_of_the_facts_does_not_grow(tokenizer):
@@ -126,9 +169,9 @@ def test_a_step_makes_the_host_wait_once(tokenizer, monkeypatch):
     waits, forward, read = Waits(), Capture.forward, []
     tolist = torch.Tensor.tolist
 
-    def unseen(self, batch, mask):  # what transformers does in a forward is its own
+    def unseen(self, *args, **kwargs):  # what transformers does in a forward is its own
         with _disable_current_modes():
-            return forward(self, batch, mask)
+            return forward(self, *args, **kwargs)
 
     def step(forgetter):
         read.clear()  # what was found once, for all steps
