@@ -3,8 +3,8 @@
     python -m bench.growth [--model 8b|small] [--out bench/results]
 
 An epoch here is its forget steps and the solve of the next bases, with no retain step or budget check; the model and
-the sentences are those of ``bench.step``. Each point is the faster of two epochs, after one that fits; of one where it
-takes long. ``growth.png`` draws them with lines of slope one.
+the sentences are those of ``bench.step``. Each point is the faster of two epochs, after one that fits; a long one is
+measured once. ``growth.png`` draws them with lines of slope one.
 """
 
 from __future__ import annotations
