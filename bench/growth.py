@@ -82,6 +82,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.loglog(values, spent, "o-")
         axes.loglog(values, [spent[-1] * value / values[-1] for value in values], ":", color="gray")
         axes.set(xlabel=axis, ylabel="seconds an epoch")
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.set_xticks([], minor=True)
     figure.savefig(path, dpi=110)
 
 

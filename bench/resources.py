@@ -81,7 +81,9 @@ def launches() -> list[Launch]:
                 if rank <= 64 and omega.shape[1] <= 128 and dtype == torch.bfloat16:
                     ops.accumulate_moments(x, omega, basis, None, mask, *sums, x, "triton")
             for sum_type, mean in itertools.product((torch.float32, torch.float64), (None, torch.empty(width))):
-                c = torch.empty(1, dtype=sum_type).expand(width, width)
+                # Packed as moments have it, the others full.
+                packed = sum_type == torch.float64 and mean is None
+                c = torch.empty(1, dtype=sum_type).expand((width * (width + 1) // 2,) if packed else (width, width))
                 ops.accumulate_scatter(c, x, mean, None, "triton")
             g = torch.empty(rows, 1536, dtype=dtype)
             ops.outer_norm_sq([g, g], [x], [2], True, state.count.double(), "triton")

@@ -81,9 +81,12 @@ def plain_step(
     Raises:
         NonFiniteError: before any weight is changed.
     """
-    # Sums are finite only where their terms are; of the extremes, as no copy in float64 is made of all.
-    extremes = [extreme.double() for rows in tokens.values() for extreme in torch.aminmax(rows)]
-    value, summed = _on_host(loss, torch.stack([e.to(targets[0].linear.weight.device) for e in extremes]).sum())
+    device = targets[0].linear.weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for rows in tokens.values():
+        if rows.numel():  # the sum of the extremes is finite only where all rows are
+            total += torch.stack(torch.aminmax(rows)).double().sum().to(device)
+    value, summed = _on_host(loss, total)
     if not math.isfinite(value + summed):
         raise NonFiniteError(f"expected a finite loss and finite rows, got loss {value}; no weight was changed")
     add_outer(targets, tokens, -rate, rounding, seed, remainders)

@@ -85,13 +85,13 @@ def accumulate_moments(
         RuntimeError: if the backend asked for cannot run.
     """
     _check(state, x, mask)
+    chosen = resolve(backend, x)
     if state.omega is None:
         rows = x if mask is None else x.masked_fill(~mask[:, None], 0)
         state.count.add_(len(x) if mask is None else mask.sum())
         state.total.add_(rows.double().sum(0))
-        accumulate_scatter(state.action, x, None, mask, backend=backend)
+        accumulate_scatter(state.action, x, None, mask, backend=chosen)
         return state
-    chosen = resolve(backend, x)
     _accumulate(x, state.omega, None, None, mask, state.count, state.total, state.action, None, chosen)
     return state
 

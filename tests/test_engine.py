@@ -44,13 +44,22 @@ def test_plain_step_is_sgd(model):
         torch.testing.assert_close(target.linear.weight.double(), weight - 1e-2 * gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("step", [selective_step, plain_step])
-def test_a_nan_changes_no_weight(model, step):
+def test_what_is_not_finite_changes_no_weight(model, step, bad):
     targets = find_stack(model).targets(1)
     tokens, before = random_tokens(targets), snapshot(targets)
-    tokens[targets[-1].gradient.name][3, 1] = torch.nan
+    tokens[targets[-1].gradient.name][3, 1] = bad
     with pytest.raises(NonFiniteError, match="no weight was changed"):
         step(targets, tokens, 0.1)
+    assert all(torch.equal(t.linear.weight, w) for t, w in zip(targets, before, strict=True))
+
+
+@pytest.mark.parametrize("step", [selective_step, plain_step])
+def test_no_rows_change_nothing(model, step):
+    targets = find_stack(model).targets(1)
+    before = snapshot(targets)
+    step(targets, random_tokens(targets, rows=0), 0.1)
     assert all(torch.equal(t.linear.weight, w) for t, w in zip(targets, before, strict=True))
 
 
