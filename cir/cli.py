@@ -53,6 +53,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
         for name in ("budget", "seed", "rate", "max_epochs", "target_recall", "rounding", "disruption_tokens")
         if getattr(arguments, name) is not None
     }
+    given["full_check"] = arguments.full_check
     config = CIRConfig(**{**asdict(base), **given})
     evidence = _evidence(inputs, relearning=not arguments.no_relearning) if arguments.certify else None
     model, tokenizer = load_model(
@@ -358,6 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--disruption-tokens", type=int, metavar="N", help="of that text, measured after each epoch (default: 32768)"
     )
+    unlearn.add_argument("--full-check", action="store_true", help="at the end, measure all of that text")
     unlearn.add_argument("--target-recall", type=float, help="stop as soon as mean recall is this low")
     unlearn.add_argument(
         "--rate", type=float, help="size of a forget step; larger models want smaller ones (default: 3)"

@@ -52,6 +52,8 @@ class CIRConfig:
         disruption_tokens: tokens of that text measured after each epoch, half of them where it is nearest the facts,
             the others evenly spread; None for all. The fewer they are, the larger the standard error that is kept
             free below the budget.
+        full_check: at the end, measure all of that text, and where the loss rose by more than the budget, go back on
+            the line to the model as it came. Takes one measurement of the text more at the start, too.
         target_recall: stop once mean recall is at or below this; None to go on to the budget.
         seed: of every random choice.
     """
@@ -79,6 +81,7 @@ class CIRConfig:
     max_epochs: int = 10
     budget: float = 0.001
     disruption_tokens: int | None = 32768
+    full_check: bool = False
     target_recall: float | None = None
     seed: int = 0
 

@@ -45,7 +45,7 @@ class Need:
     """Bytes of the device's memory that a run takes beyond the weights.
 
     Attributes:
-        held: throughout: bases, the moments of the next ones and, without a GPU, two copies of the updated weights.
+        held: throughout: bases, the moments of the next ones and, without a GPU, copies of the updated weights.
         rows: of the largest step, at every site. token: that autograd keeps for one of the ``tokens`` run at once.
         check: the logits of a budget check.
     """
@@ -87,7 +87,7 @@ def needed(model: Any, stack: Stack, batches: Sequence[Batch], retain: Sequence[
     held = sum(4 * site.width * (common[site] + background.get(site, 0)) for site in sites)
     held += max(_moments(common, config.exact), _moments(background))
     if model.device.type != "cuda":
-        held += 2 * sum(target.linear.weight.nbytes for target in targets)
+        held += (3 if config.full_check else 2) * sum(target.linear.weight.nbytes for target in targets)
     forget = max(int(batch.counted(config.skip_first).sum()) for batch in batches)
     keep = max((int(batch.attention_mask.sum()) for batch in retain if config.retain_rate), default=0)
     window = max(WINDOW, config.retain_length)

@@ -105,11 +105,14 @@ def unlearn(
     ):
         with clock.phase("measure"):
             meter = Meter(model, tokenizer, facts, disruption_rows, config.disruption_tokens)
+            whole = meter
+            if config.full_check and meter.partial:
+                whole = Meter(model, tokenizer, facts, disruption_rows, None)
             unknown = unknown_facts(model, tokenizer, facts)
         if unknown:
             logger.warning("%d facts are not known to begin with: %s", len(unknown), ", ".join(unknown[:5]))
         report = Report(
-            config, hash_facts(facts), meter.before, meter.before, unknown=unknown, versions=library_versions()
+            config, hash_facts(facts), whole.before, whole.before, unknown=unknown, versions=library_versions()
         )
         best = _Best(targets, meter, report)
         try:
@@ -136,6 +139,9 @@ def unlearn(
                 if not inside:
                     report.stopped = "budget spent"
                     break
+            if whole is not meter and report.stopped != "interrupted":
+                with clock.phase("measure"):
+                    best.confirm(whole)
         finally:
             restore(targets, best.weights)
     report.seconds = {**clock.seconds, "total": time.perf_counter() - started}
@@ -192,6 +198,11 @@ class Meter:
             )
         self.before = self._measured(self._original)
 
+    @property
+    def partial(self) -> bool:
+        """Whether windows were left out."""
+        return len(self._sample.rows) < self._sample.count
+
     def measure(self) -> Measure:
         """The loss, and what is recalled of the facts."""
         with phase("budget check"):
@@ -211,6 +222,7 @@ class _Best:
     def __init__(self, targets: Sequence[Target], meter: Meter, report: Report) -> None:
         self._targets, self._meter, self._report = targets, meter, report
         self.weights = snapshot(targets)
+        self._untouched = snapshot(targets) if report.config.full_check else self.weights
         self._spare: list[torch.Tensor] | None = None
 
     def consider(self, number: int, losses: EpochLosses, share: float = 1.0) -> bool:
@@ -234,6 +246,19 @@ class _Best:
             interpolate(self._targets, weights, part)
             if self.consider(number, losses, share):
                 return
+
+    def confirm(self, whole: Meter) -> None:
+        """Measure the best state on the ``whole`` text, and go back to the model as it came until inside."""
+        restore(self._targets, self.weights)
+        for _ in range(1 + RETREATS):
+            now = whole.measure()
+            if now.rise <= self._report.config.budget:
+                self.weights, self._report.after = snapshot(self._targets, into=self._spare), now
+                return
+            share = share_inside(whole.before, now, self._report.config.budget)
+            logger.warning("the whole text's loss rose by %.3f %%: back to %.0f %%", 100 * now.rise, 100 * share)
+            interpolate(self._targets, self._untouched, share)
+        self.weights, self._report.after = self._untouched, whole.before
 
 
 def _better(now: Measure, best: Measure) -> bool:

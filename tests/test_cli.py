@@ -41,7 +41,7 @@ def test_unlearn_writes_a_checkpoint_that_plain_transformers_loads(files, tmp_pa
     out = tmp_path / "out"
     sentences = [sentence for fact in facts() for sentence in fact["sentences"]]
     (files / "facts.txt").write_text("\n".join(sentences))  # without probes the last epoch is kept
-    options = ["--disruption-tokens", "64", "--rounding", "nearest"]
+    options = ["--disruption-tokens", "64", "--rounding", "nearest", "--full-check"]
     assert run(files, *UNLEARN, *QUICK, *options, "--out", str(out), "--facts", "IN/facts.txt") == 0
     shown = capsys.readouterr().out
     assert "text loss" in shown
@@ -50,6 +50,8 @@ def test_unlearn_writes_a_checkpoint_that_plain_transformers_loads(files, tmp_pa
     report = json.loads((out / "report.json").read_text())
     config = report["config"]
     assert (config["budget"], config["disruption_tokens"], config["rounding"]) == (5, 64, "nearest")
+    assert config["full_check"] is True
+    assert report["after"]["rise_stderr"] == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert (out / "model.safetensors").is_file()
     original = AutoModelForCausalLM.from_pretrained(files / "model")

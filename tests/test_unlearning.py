@@ -358,6 +358,37 @@ def test_an_epoch_that_oversteps_is_taken_back_in_part(model, tokenizer):
     assert report.stopped == "budget spent"
 
 
+def test_a_full_check_takes_back_what_the_sample_missed(model, tokenizer, monkeypatch):
+    text = "gamma of now then1 some3 " * 400  # more windows than are sampled
+    teach(model, tokenizer, text)
+    targets = find_stack(model).targets(0)
+    before = snapshot(targets)
+    rise_of = unlearning.loss_rise
+
+    def blind(losses, original, of):
+        return (0.0, 0.0) if len(of.rows) < of.count else rise_of(losses, original, of)
+
+    monkeypatch.setattr(unlearning, "loss_rise", blind)
+
+    def forget(budget, full_check):
+        restore(targets, before)
+        sentences = [s for fact in facts() for s in fact["sentences"]]
+        config = change(rate=1.0, budget=budget, max_epochs=1, full_check=full_check, disruption_tokens=255)
+        options = {"retain": TEXT, "disruption": text, "config": config, "progress": False}
+        return cir.unlearn(model, tokenizer, sentences, **options), snapshot(targets)
+
+    free, far = forget(9.0, True)
+    budget = free.after.rise / 2
+    missed, there = forget(budget, False)
+    assert missed.epochs[0].kept
+    assert all(map(torch.equal, far, there))
+    held, near = forget(budget, True)
+    assert budget / 4 < held.after.rise <= budget
+    assert held.after.loss / held.before.loss - 1 == pytest.approx(held.after.rise, rel=1e-4)
+    for weight, start, end in zip(near, before, far, strict=True):
+        assert 0 < float((weight - start).norm()) < float((end - start).norm())
+
+
 def test_without_layers_below_the_loss_layers_they_are_updated_themselves_or_nothing_is(model, tokenizer):
     with pytest.raises(ValueError, match="update_loss_layers: expected True where none is below"):
         run(model, tokenizer, config=change(loss_layers=(0, 2)))
