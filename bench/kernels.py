@@ -26,6 +26,7 @@ from torch import Tensor
 import cir_kernels as ck
 from bench.records import ROOT, write_rows
 from cir_kernels import reference
+from cir_kernels.outer import uses_gram
 
 TOKENS, WIDTHS, RANKS = (64, 256, 1280, 4096), (4096, 14336), (24, 36, 64, 512)
 DATASHEET = {"copy": 4.8e12, "matmul": 9.89e14}
@@ -74,7 +75,7 @@ def cases() -> Iterator[Case]:
         d_out = 4096 if width == 14336 else 14336
         pair, product = x + 2.0 * rows * d_out, 2.0 * rows * width * d_out
         gram = 1.0 * rows * rows * (width + d_out)
-        chosen, n = (gram, 2) if rows * (width + d_out) <= width * d_out else (product, 2)
+        chosen, n = (gram, 2) if uses_gram(rows, width, d_out) else (product, 2)
         launches = ((pair, pair, chosen),) + ((0.0, 0.0, 0.0),) * (n - 1)
         yield Case("outer_norm_sq", rows, width, None, pair, min(product, gram), launches)
         once = pair + 4.0 * width * d_out

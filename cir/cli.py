@@ -48,12 +48,8 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     out = check_output(arguments.out, arguments.overwrite)
     inputs = Inputs.read(vars(arguments))
     base = CIRConfig.preset(arguments.preset)
-    given = {
-        name: getattr(arguments, name)
-        for name in ("budget", "seed", "rate", "max_epochs", "target_recall", "rounding", "disruption_tokens")
-        if getattr(arguments, name) is not None
-    }
-    given["full_check"] = arguments.full_check
+    names = ("budget", "full_check", "seed", "rate", "max_epochs", "target_recall", "rounding", "disruption_tokens")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     config = CIRConfig(**{**asdict(base), **given})
     evidence = _evidence(inputs, relearning=not arguments.no_relearning) if arguments.certify else None
     model, tokenizer = load_model(

@@ -88,8 +88,9 @@ def unlearn(
     config.check_rounding(targets[0].linear.weight.dtype)
     batches = fact_batches(tokenizer, facts, config, model.device)
     retain_batches, disruption_rows = text_batches(tokenizer, retain, disruption, config, model.device)
-    steps = config.max_epochs * len(batches) + (len(batches) if subspaces is None else 0) + len(retain_batches)
     fitting = config if subspaces is None else replace(config, rank_activation=0, rank_gradient=0, rank_background=0)
+    steps = config.max_epochs * len(batches) + (len(batches) if subspaces is None else 0)
+    steps += len(retain_batches) if fitting.rank_background or fitting.retain_rate else 0
     need = needed(model, stack, batches, retain_batches, fitting)
     need, offloads = settle(model, stack, layers[-1], need, offload)
     if progress:

@@ -40,8 +40,7 @@ def outer_norm_sq(groups: Sequence[Group], *, backend: str | None = None) -> Ten
         for g in grads:
             _check_pair(g, a)
         d_out = sum(g.shape[1] for g in grads)
-        # Of symmetric products little more than half is formed.
-        gram = len(a) * (d_out + a.shape[1]) <= 1.5 * d_out * a.shape[1]
+        gram = uses_gram(len(a), a.shape[1], d_out)
         by_form.setdefault((gram, resolve(backend, a), a.device, a.dtype), []).append((grads, a))
     for (gram, chosen, device, _), members in by_form.items():
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -51,6 +50,11 @@ def outer_norm_sq(groups: Sequence[Group], *, backend: str | None = None) -> Ten
     if not totals:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([total.to(totals[0].device) for total in totals]).sum()
+
+
+def uses_gram(n_tokens: int, d_in: int, d_out: int) -> bool:
+    """Whether Gram matrices, of which little more than half is formed, take less than the products G^T A."""
+    return n_tokens * (d_in + d_out) <= 1.5 * d_in * d_out
 
 
 @register(
