@@ -113,7 +113,7 @@ def unlearn(
         if unknown:
             logger.warning("%d facts are not known to begin with: %s", len(unknown), ", ".join(unknown[:5]))
         report = Report(
-            config, hash_facts(facts), whole.before, whole.before, unknown=unknown, versions=library_versions()
+            config, hash_facts(facts), meter.before, meter.before, unknown=unknown, versions=library_versions()
         )
         best = _Best(targets, meter, report)
         try:
@@ -251,6 +251,7 @@ class _Best:
     def confirm(self, whole: Meter) -> None:
         """Measure the best state on the ``whole`` text, and go back to the model as it came until inside."""
         restore(self._targets, self.weights)
+        self._report.before = whole.before
         for _ in range(1 + RETREATS):
             now = whole.measure()
             if now.rise <= self._report.config.budget:
