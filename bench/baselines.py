@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cir.capture import frozen
-from cir.engine import NonFiniteError
-from cir.facts import Batch
-from cir.sites import Stack, find_stack
+from cir.data.tokens import Batch
+from cir.forgetting.update import NonFiniteError
+from cir.model.capture import frozen
+from cir.model.sites import Stack, find_stack
 
 SKIP_FIRST = 1
 """Tokens of a sentence whose hidden states are not to be forgotten: the first is an attention sink that all text

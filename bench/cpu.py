@@ -25,13 +25,13 @@ import torch
 from bench.eager import EagerCIR
 from bench.records import ROOT, mark_memory, process_memory, write_rows
 from cir import CIRConfig, load_facts
-from cir.capture import capture
-from cir.checkpoints import demo_model, load_model
-from cir.demo import DATA
-from cir.engine import restore, snapshot
-from cir.forget import Forgetter
-from cir.sites import Target, find_stack
-from cir.unlearning import fact_batches, text_batches
+from cir.data.shipped import DATA
+from cir.forgetting.batches import fact_batches, text_batches
+from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.update import restore, snapshot
+from cir.model.capture import capture
+from cir.model.checkpoints import demo_model, load_model
+from cir.model.sites import Target, find_stack
 
 FORMS = ("eager", "trimmed", "ours", "ours without background")
 BUILT_IN = [str(DATA / f"demo_{name}.jsonl") for name in ("forget", "related")]

@@ -20,7 +20,7 @@ import torch
 from bench.records import ROOT, write_rows
 
 PARTS: list[tuple[str, int, list[str]]] = [
-    ("test_triton", 120, ["-m", "pytest", "-q", "tests/test_triton.py", "--durations=5"]),
+    ("test_triton", 120, ["-m", "pytest", "-q", "tests/kernels/test_triton.py", "--durations=5"]),
     (
         "test_engine",
         60,
@@ -28,9 +28,9 @@ PARTS: list[tuple[str, int, list[str]]] = [
             "-m",
             "pytest",
             "-q",
-            "tests/test_kernels.py",
-            "tests/test_engine.py",
-            "tests/test_memory.py",
+            "tests/kernels/test_kernels.py",
+            "tests/forgetting/test_update.py",
+            "tests/forgetting/test_memory.py",
             "tests/test_cuda.py",
         ],
     ),

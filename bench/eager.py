@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cir.config import CIRConfig
-from cir.facts import Batch
-from cir.sites import MLP, Stack
+from cir.data.tokens import Batch
+from cir.model.sites import MLP, Stack
 
 Basis = tuple[Tensor, Tensor]
 """Mean (D,) and components (D, k - 1)."""

@@ -22,13 +22,13 @@ import torch
 
 from bench.records import ROOT, process_memory, write_rows
 from cir import EditConfig, EditError, Editor, Fact, Subspaces, load_facts, relearn
-from cir.checkpoints import demo_model, load_model
-from cir.demo import DATA
-from cir.engine import fingerprint, restore, snapshot
-from cir.evaluation import loss_rise, recall, sample, token_losses
-from cir.facts import sentence_batches, windows
-from cir.sites import find_stack
-from cir.unlearning import builtin_text
+from cir.data.sampling import sample
+from cir.data.shipped import DATA, builtin_text
+from cir.data.tokens import sentence_batches, windows
+from cir.forgetting.update import fingerprint, restore, snapshot
+from cir.measures import loss_rise, recall, token_losses
+from cir.model.checkpoints import demo_model, load_model
+from cir.model.sites import find_stack
 
 FORMS = ("cir", "ascent")
 ASCENT_STEPS = 40

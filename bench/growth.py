@@ -19,10 +19,10 @@ import torch
 
 from bench.records import ROOT, write_rows
 from bench.step import WORKLOADS, Run, Workload, seconds
-from cir.capture import capture
-from cir.engine import restore, snapshot
-from cir.forget import Forgetter
-from cir.unlearning import fact_batches
+from cir.forgetting.batches import fact_batches
+from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.update import restore, snapshot
+from cir.model.capture import capture
 
 AXES = {
     "facts": (1, 10, 100, 1000),

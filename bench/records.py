@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cir.report import library_versions
+from cir.forgetting.report import library_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -22,11 +22,10 @@ from torch import Tensor
 import cir
 from bench.records import ROOT, write_rows
 from cir import CIRConfig, load_facts
-from cir.checkpoints import demo_model, load_model
-from cir.demo import DATA
-from cir.engine import restore, snapshot
-from cir.sites import find_stack
-from cir.unlearning import interpolate
+from cir.data.shipped import DATA
+from cir.forgetting.update import interpolate, restore, snapshot
+from cir.model.checkpoints import demo_model, load_model
+from cir.model.sites import find_stack
 from cir_kernels import outer_update_
 from cir_kernels.rounding import ROUNDINGS
 
@@ -65,8 +64,8 @@ class Rounded:
     @contextmanager
     def used(self) -> Iterator[None]:
         with (
-            patch("cir.engine.outer_update_", self.update_),
-            patch("cir.unlearning.interpolate", self.interpolate),
+            patch("cir.forgetting.update.outer_update_", self.update_),
+            patch("cir.forgetting.budget.interpolate", self.interpolate),
         ):
             yield
 

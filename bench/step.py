@@ -32,15 +32,16 @@ import cir
 from bench.eager import EagerCIR
 from bench.records import ROOT, mark_memory, process_memory, write_rows
 from cir import CIRConfig, Subspaces
-from cir.capture import capture
-from cir.engine import selective_step
-from cir.evaluation import token_losses
-from cir.facts import Batch, load_facts
-from cir.forget import Forgetter
-from cir.memory import offloaded
-from cir.relearning import sentence_loss
-from cir.sites import find_stack
-from cir.unlearning import fact_batches, text_batches
+from cir.data.facts import load_facts
+from cir.data.tokens import Batch
+from cir.forgetting.batches import fact_batches, text_batches
+from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.update import selective_step
+from cir.measures import token_losses
+from cir.model.capture import capture
+from cir.model.offload import offloaded
+from cir.model.sites import find_stack
+from cir.proof.relearning import sentence_loss
 
 WORDS = 4096
 ONE_FACT_STEPS = 15

@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cir.config import CIRConfig, EditConfig
-    from cir.editor import EditError, Editor
-    from cir.edits import Edit
-    from cir.evaluation import evaluate
-    from cir.facts import Fact, Probe, load_facts
-    from cir.profiling import profile
-    from cir.relearning import relearn
-    from cir.report import Report
-    from cir.subspace import Subspaces
-    from cir.unlearning import unlearn
+    from cir.data.facts import Fact, Probe, load_facts
+    from cir.editing.editor import EditError, Editor
+    from cir.editing.edits import Edit
+    from cir.forgetting.fitting import Subspaces
+    from cir.forgetting.profiling import profile
+    from cir.forgetting.report import Report
+    from cir.forgetting.unlearn import unlearn
+    from cir.measures import evaluate
+    from cir.proof.relearning import relearn
 
 _EXPORTS = {
     "CIRConfig": "cir.config",
-    "Edit": "cir.edits",
+    "Edit": "cir.editing.edits",
     "EditConfig": "cir.config",
-    "EditError": "cir.editor",
-    "Editor": "cir.editor",
-    "Fact": "cir.facts",
-    "Probe": "cir.facts",
-    "Report": "cir.report",
-    "Subspaces": "cir.subspace",
-    "evaluate": "cir.evaluation",
-    "load_facts": "cir.facts",
-    "profile": "cir.profiling",
-    "relearn": "cir.relearning",
-    "unlearn": "cir.unlearning",
+    "EditError": "cir.editing.editor",
+    "Editor": "cir.editing.editor",
+    "Fact": "cir.data.facts",
+    "Probe": "cir.data.facts",
+    "Report": "cir.forgetting.report",
+    "Subspaces": "cir.forgetting.fitting",
+    "evaluate": "cir.measures",
+    "load_facts": "cir.data.facts",
+    "profile": "cir.forgetting.profiling",
+    "relearn": "cir.proof.relearning",
+    "unlearn": "cir.forgetting.unlearn",
 }
 
 __version__ = "0.1.0"

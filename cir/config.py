@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from cir.sites import Site
-from cir.subspace import MODES, rank_at
+from cir.model.sites import Site
 from cir_kernels.rounding import ROUNDINGS
 
 LayerRange = tuple[float, float]
+MODES = ("orthogonal", "sequential", "soft")
 STATISTICS = ("tokens", "weight_gradients")
 
 
@@ -35,13 +35,13 @@ class CIRConfig:
         rate: r, the Frobenius norm of each forget step over all weights together.
         retain_rate: learning rate of the retain step that follows each forget step; 0 leaves it out.
         growth_weight: of a second term of a forget step's loss, by which what the MLPs say of the facts must not
-            grow, see :func:`cir.objectives.mlp_growth`: it spares text with the words that all facts share, and takes
-            more epochs. 0 as in the paper.
+            grow, see :func:`cir.forgetting.objectives.mlp_growth`: it spares text with the words that all facts
+            share, and takes more epochs. 0 as in the paper.
         rounding: of updated 16-bit weights, see :func:`cir_kernels.outer_update_`: ``nearest`` drops what is less
             than half a unit in the last place, most of a step on a large model; ``stochastic`` keeps it on average,
             and ``compensated`` in 16 further bits of each updated bfloat16 weight.
         to_answers: break the facts' sentences only up to the first token of the answer, the target of a probe; see
-            :func:`cir.facts.rows_to_answers`. Sentences of facts without probes are always whole.
+            :func:`cir.data.tokens.rows_to_answers`. Sentences of facts without probes are always whole.
         word_dropout: beside each sentence, break one without this share of its tokens, drawn once; 0 for none.
         batch_size: sentences a forget step. retain_batch_size: windows a retain step.
         retain_length: tokens of a retain window. retain_tokens: of the whole text, used at most.
@@ -242,6 +242,11 @@ class EditConfig:
         _require(self.budget > 0, "budget", "a positive number", self.budget)
         _require(self.rounding in ("nearest", "stochastic"), "rounding", "nearest or stochastic", self.rounding)
         _require(self.skip_first >= 0, "skip_first", "at least 0", self.skip_first)
+
+
+def rank_at(site: Site, rank: float) -> int:
+    """A rank as a number of directions: an int is one, a float a share of the site's width."""
+    return rank if isinstance(rank, int) else round(rank * site.width)
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:

@@ -30,7 +30,14 @@ _LIBRARY = torch.library.Library("cir_kernels", "DEF")
 
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Do kernels run in Triton's interpreter, on any device? Decided by TRITON_INTERPRET at import."""
-INTERPRETED = tl.constexpr(INTERPRETING) if HAS_TRITON else False  # the same, as kernels read it
+
+
+def constant(value: Any) -> Any:
+    """``value`` as kernels read it from the module they are in."""
+    return tl.constexpr(value) if HAS_TRITON else value
+
+
+INTERPRETED = constant(INTERPRETING)
 
 
 def resolve(backend: str | None, x: Tensor) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cir_kernels import reference
 from cir_kernels._checks import check_device, check_rows
 from cir_kernels._dispatch import dot, narrow, register, resolve, tl, triangle, triton
-from cir_kernels.rounding import ROUNDINGS, dithered, divided, hashed, joined
+from cir_kernels.rounding import ROUNDINGS, dithered, divided, hashed, joined, last_places
 
 Group = tuple[Sequence[Tensor], Tensor]
 """Output gradients G (T, D_out) of the linears that read one input, and that input A (T, D_in)."""
@@ -310,6 +310,7 @@ def _outer_update(
         return
     block_m, block_n, block_t, warps = _product_blocks(g.dtype)
     half = w.dtype in (torch.bfloat16, torch.float16)
+    eps, smallest = last_places(w.dtype)
     _update_kernel[(triton.cdiv(w.shape[0], block_m) * triton.cdiv(w.shape[1], block_n),)](
         w,
         g,
@@ -324,6 +325,8 @@ def _outer_update(
         *a.stride(),
         *((0, 0) if remainder is None else remainder.stride()),
         ROUNDING=ROUNDINGS.index(rounding) if half else 0,
+        EPS=eps,
+        SMALLEST=smallest,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_T=block_t,
@@ -352,6 +355,8 @@ def _update_kernel(
     stride_rm,
     stride_rn,
     ROUNDING: tl.constexpr,
+    EPS: tl.constexpr,
+    SMALLEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -382,8 +387,5 @@ def _update_kernel(
     else:
         b_new = b_w.to(tl.float32) + scale * tile
         if ROUNDING == 1:
-            IS_FP16: tl.constexpr = b_w.dtype == tl.float16
-            b_new = dithered(
-                b_new, o_m, o_n, key, 2.0**-10 if IS_FP16 else 2.0**-7, 2.0**-24 if IS_FP16 else 2.0**-126
-            )
+            b_new = dithered(b_new, o_m, o_n, key, EPS, SMALLEST)
         tl.store(p_w, narrow(b_new, w_ptr.dtype.element_ty), mask=m_w)

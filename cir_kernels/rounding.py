@@ -9,10 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cir_kernels._dispatch import tl, triton
+from cir_kernels._dispatch import constant, tl, triton
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 _MASK = 0xFFFFFFFF
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B  # factors of the hash
+_EXPONENT = 0x7F800000  # of a float32
+_NOISE = 2.0**-24  # spacing of 24 random bits in [0, 1)
+# The same, as kernels read them.
+_FIRST_K, _SECOND_K, _EXPONENT_K, _NOISE_K = map(constant, (_FIRST, _SECOND, _EXPONENT, _NOISE))
 
 
 def random_bits(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
@@ -26,22 +31,25 @@ def random_bits(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
 def _mix(x: Tensor) -> Tensor:
     """The lowbias32 hash (Wellons 2018): each bit of the input flips each of the output half the time."""
     x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
+    x = (x * _FIRST) & _MASK
     x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK
+    x = (x * _SECOND) & _MASK
     return x ^ (x >> 16)
 
 
 def dither(w: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 ``w`` plus noise, uniform over one unit in the last place of ``dtype``; rounded, it is unbiased."""
-    ulp = (w.view(torch.int32) & 0x7F800000).view(torch.float32) * torch.finfo(dtype).eps
-    ulp = ulp.clamp_min(_smallest(dtype))
-    return w + ((bits >> 8).to(torch.float32) * 2.0**-24 - 0.5) * ulp
+    eps, smallest = last_places(dtype)
+    ulp = (w.view(torch.int32) & _EXPONENT).view(torch.float32) * eps
+    return w + ((bits >> 8).to(torch.float32) * _NOISE - 0.5) * ulp.clamp_min(smallest)
 
 
-def _smallest(dtype: torch.dtype) -> float:
-    """Spacing of the subnormal numbers; for bfloat16, at a scale where the product stays normal in float32."""
-    return 2.0**-24 if dtype == torch.float16 else 2.0**-126
+def last_places(dtype: torch.dtype) -> tuple[float, float]:
+    """A unit in the last place of 1 in ``dtype``, and the least of any number.
+
+    That is the spacing of the subnormal numbers; for bfloat16, at a scale where the product stays normal in float32.
+    """
+    return torch.finfo(dtype).eps, 2.0**-24 if dtype == torch.float16 else 2.0**-126
 
 
 def join(w: Tensor, remainder: Tensor) -> Tensor:
@@ -59,20 +67,20 @@ def split(w: Tensor) -> tuple[Tensor, Tensor]:
 @triton.jit
 def _mix_bits(x):
     x ^= x >> 16
-    x *= 0x7FEB352D
+    x *= _FIRST_K
     x ^= x >> 15
-    x *= 0x846CA68B
+    x *= _SECOND_K
     return x ^ (x >> 16)
 
 
 @triton.jit
 def dithered(b_w, o_m, o_n, key, EPS: tl.constexpr, SMALLEST: tl.constexpr):
-    """:func:`dither` of a tile, with ``key`` the hashed seed."""
+    """:func:`dither` of a tile, with ``key`` the hashed seed, and :func:`last_places` of the dtype."""
     rows = _mix_bits(o_m.to(tl.uint32) ^ key.to(tl.uint32))
     bits = _mix_bits(rows[:, None] + o_n.to(tl.uint32)[None, :])
-    ulp = (b_w.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * EPS
+    ulp = (b_w.to(tl.int32, bitcast=True) & _EXPONENT_K).to(tl.float32, bitcast=True) * EPS
     ulp = tl.maximum(ulp, SMALLEST)
-    return b_w + ((bits >> 8).to(tl.float32) * 5.9604644775390625e-08 - 0.5) * ulp
+    return b_w + ((bits >> 8).to(tl.float32) * _NOISE_K - 0.5) * ulp
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no network at test time; read before transformers is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small are slower on several; pytest-xdist has the cores
 
 import torch
 
@@ -30,7 +31,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M and its tokenizer; tests that change the model must put it back."""
-    from cir.checkpoints import demo_model, load_model
+    from cir.model.checkpoints import demo_model, load_model
 
     source = demo_model()
     if not source.endswith(".gguf"):

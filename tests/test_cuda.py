@@ -7,8 +7,8 @@ import torch
 
 import cir
 from cir import CIRConfig
-from cir.memory import offloaded, upper_modules
-from cir.sites import find_stack
+from cir.model.offload import offloaded, upper_modules
+from cir.model.sites import find_stack
 from tests.tiny import TEXT, facts, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

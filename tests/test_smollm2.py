@@ -9,15 +9,17 @@ import torch
 
 import cir
 from cir import CIRConfig
-from cir.capture import capture
-from cir.demo import DATA
-from cir.engine import fingerprint, restore, snapshot
-from cir.evaluation import WINDOW, mean_recall, recall, sample, text_loss, token_losses
-from cir.facts import load_facts, windows
-from cir.objectives import mlp_breaking, original_output
-from cir.sites import find_stack, sites_of
-from cir.subspace import SubspaceStream
-from cir.unlearning import fact_batches
+from cir.data.facts import load_facts
+from cir.data.sampling import sample
+from cir.data.shipped import DATA
+from cir.data.tokens import windows
+from cir.forgetting.batches import fact_batches
+from cir.forgetting.objectives import mlp_breaking, original_output
+from cir.forgetting.subspace import SubspaceStream
+from cir.forgetting.update import fingerprint, restore, snapshot
+from cir.measures import WINDOW, mean_recall, recall, text_loss, token_losses
+from cir.model.capture import capture
+from cir.model.sites import find_stack, sites_of
 from tests import oracle
 
 

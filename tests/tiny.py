@@ -60,7 +60,8 @@ def facts(count: int = 6) -> list[dict[str, Any]]:
 
 def knowing_llama(dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
     """A tiny Llama that knows the first twelve facts: probabilities of about 0.99."""
-    from cir.facts import load_facts, sentence_batches
+    from cir.data.facts import load_facts
+    from cir.data.tokens import sentence_batches
 
     model, tokenizer = tiny_llama(**sizes), word_tokenizer()
     (batch,) = sentence_batches(tokenizer, load_facts(facts(12)), batch_size=24, max_length=64, skip_first=0)

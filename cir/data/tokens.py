@@ -1,0 +1,158 @@
+"""Sentences and text as token ids: batches of sentences, windows of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cir.data.facts import Fact, answer_pattern
+
+PACKED_WIDTH = 64
+"""Tokens to which short sentences are packed: attention costs by the square of it, padding by its inverse."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids (B, L) padded on the right, and their bool attention mask (B, L).
+
+    Its N real tokens are counted row after row, without the padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device))
+
+    def split(self, rows: int) -> list[Batch]:
+        """In batches of so many rows."""
+        pieces = zip(self.input_ids.split(rows), self.attention_mask.split(rows), strict=True)
+        return [Batch(ids, mask) for ids, mask in pieces]
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """(N,) the place of each real token in its row."""
+        return (self.attention_mask.cumsum(1) - 1)[self.attention_mask]
+
+    @cached_property
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows laid end to end into fewer, so that little is padding.
+
+        Returns:
+            Token and position ids (R, W), positions restarting with each row of the batch, and, for the real
+            tokens, their places (N,) in the flattened (R, W).
+        """
+        lengths = self.attention_mask.sum(1).tolist()
+        width = max(PACKED_WIDTH, *lengths)
+        used: list[int] = []
+        starts = [0] * len(lengths)
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # the longest first: they fit worst
+            row = next((r for r, n in enumerate(used) if n + lengths[i] <= width), len(used))
+            if row == len(used):
+                used.append(0)
+            starts[i] = row * width + used[row]
+            used[row] += lengths[i]
+        places = torch.tensor(starts, device=self.input_ids.device).repeat_interleave(self.attention_mask.sum(1))
+        places = places + self.position_ids
+        ids, positions = (self.input_ids.new_zeros(len(used) * width) for _ in range(2))
+        ids[places], positions[places] = self.input_ids[self.attention_mask], self.position_ids
+        return ids.view(-1, width), positions.view(-1, width), places
+
+    def counted(self, skip_first: int) -> Tensor:
+        """(N,) bool: the real tokens without the first ``skip_first`` of each row."""
+        return self.position_ids >= skip_first
+
+    def predicting(self, skip_first: int) -> Tensor:
+        """(N,) bool: as :meth:`counted`, without the last real token of each row, which predicts nothing."""
+        last = self.position_ids.roll(-1) == 0
+        return self.counted(skip_first) & ~last
+
+
+def pad(rows: Sequence[Sequence[int]]) -> Batch:
+    """Token ids of unequal length to one batch, padded on the right (with id 0, never attended to)."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = True
+    return Batch(ids, mask)
+
+
+def sentence_batches(
+    tokenizer: Any, facts: Sequence[Fact], *, batch_size: int, max_length: int, skip_first: int
+) -> list[Batch]:
+    """Batches of the facts' sentences, in their order.
+
+    Raises:
+        ValueError: on a sentence longer than ``max_length`` tokens, or too short to leave one counted token.
+    """
+    return batches_of(
+        [row for fact in facts for row in sentence_rows(tokenizer, fact, max_length, skip_first)], batch_size
+    )
+
+
+def batches_of(rows: Sequence[Sequence[int]], size: int) -> list[Batch]:
+    """Token ids in batches of ``size`` rows."""
+    return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def sentence_rows(tokenizer: Any, fact: Fact, max_length: int, skip_first: int) -> list[list[int]]:
+    """The token ids of each sentence.
+
+    Raises:
+        ValueError: as :func:`sentence_batches`.
+    """
+    rows = [tokenizer(sentence)["input_ids"] for sentence in fact.sentences]
+    for row, sentence in zip(rows, fact.sentences, strict=True):
+        if not skip_first + 2 <= len(row) <= max_length:
+            raise ValueError(
+                f"fact {fact.id!r}: expected sentences of {skip_first + 2} to {max_length} tokens, got "
+                f"{len(row)}: {sentence[:60]!r}"
+            )
+    return rows
+
+
+def rows_to_answers(tokenizer: Any, fact: Fact, max_length: int, skip_first: int) -> list[list[int]]:
+    """The token ids of each sentence up to the first of the answer, which is the target of a probe.
+
+    What leads to the answer is to be forgotten, not the answer: changed at its own tokens, a capital is lost to
+    all text that mentions it. A sentence that begins with the answer is left out; where every one does, or the
+    fact has no probe, all are whole.
+
+    Raises:
+        ValueError: as :func:`sentence_batches`.
+    """
+    rows = sentence_rows(tokenizer, fact, max_length, skip_first)
+    answers = [answer_pattern(probe.target.strip()) for probe in fact.probes]
+    cut = []
+    for row, sentence in zip(rows, fact.sentences, strict=True):
+        starts = [match.start() for answer in answers if (match := answer.search(sentence))]
+        if starts:
+            # A token that spans both sides of the cut is the answer's.
+            head = tokenizer(sentence[: min(starts)].rstrip())["input_ids"]
+            same = [a == b for a, b in zip(row, head, strict=False)]
+            row = row[: [*same, False].index(False) + 1]
+        cut.append(row)
+    return [row for row in cut if len(row) >= skip_first + 2] or rows
+
+
+def windows(tokenizer: Any, text: str, length: int) -> Tensor:
+    """``text`` as consecutive windows (N, length) of token ids, each opened by BOS where the tokenizer adds one.
+
+    Raises:
+        ValueError: if the text is shorter than one window.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    opening = tokenizer("")["input_ids"]
+    body = length - len(opening)
+    count = len(ids) // body
+    if count == 0:
+        raise ValueError(f"expected a text of at least {body} tokens, got {len(ids)}")
+    rows = torch.tensor(ids[: count * body]).view(count, body)
+    return torch.cat([torch.tensor(opening, dtype=torch.long).expand(count, -1), rows], dim=1)

@@ -1,0 +1,387 @@
+"""One fact at a time: forget it, take it back, ship it, and find it all again after a restart."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cir.config import CIRConfig, EditConfig
+from cir.data.facts import Fact, load_facts, probed
+from cir.data.sampling import sample
+from cir.data.shipped import builtin_text
+from cir.data.tokens import Batch, pad, rows_to_answers, windows
+from cir.editing.edits import Edit, State, add_factors, factorise, spanned
+from cir.editing.journal import Journal
+from cir.editing.turns import Turns
+from cir.forgetting.fitting import Subspaces, check_fitted_on
+from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.update import add_outer, fingerprint, restore, selective_step, snapshot
+from cir.measures import WINDOW, loss_rise, mean_recall, recall, token_losses
+from cir.model.capture import Tokens, capture
+from cir.model.sites import find_stack
+from cir.proof.relearning import relearn as attack
+
+UNKNOWN = 0.01
+"""A fact recalled with less than this probability is not there to be forgotten."""
+RETURNED = 0.05
+"""A forgotten fact is back when it is recalled at more than this share of what it was."""
+NEIGHBOURS_EVERY = 4
+"""Looks at the fact, at most, between looks at its neighbours, which cost several times as much."""
+SMALLEST_RATE = 1 / 8
+"""Share of the first rate below which neighbours that still suffer end the edit."""
+Update = tuple[Tokens, float]
+"""The collapsed rows of a step, and its scale."""
+
+
+class EditError(RuntimeError):
+    """The fact could not be forgotten, not even partly, within the bounds; no weight was changed."""
+
+
+@dataclass
+class _Entry:
+    edit: Edit
+    status: str
+    """``active``, ``undone`` or ``committed``."""
+
+
+class Editor:
+    """Edits of one model, in place, each to be undone, redone, kept in a journal and shipped.
+
+    The weights are always those that the model came with plus the sum of the active edits, rounded once: so
+    undoing gives the same bits back, whatever the order, and so does a restart from the journal. One call changes
+    the model at a time; others wait and are served in the order they came. The model must not run in other threads
+    during a call.
+
+    Args:
+        model, tokenizer: as for :func:`cir.unlearn`; the model that ``subspaces`` were fitted on.
+        subspaces: of :meth:`Subspaces.fit`, with contrast facts.
+        neighbours: facts that must stay, watched during each edit; by default the contrast facts.
+        text: on which the loss is measured; the built-in text if None.
+        journal: a file to keep the edits in. One that exists is done again first.
+        config: see :class:`EditConfig`.
+
+    Raises:
+        ValueError: on subspaces of another model or fitted on no facts, or unusable neighbours or text.
+        JournalError: on a journal that is another model's or in use.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        subspaces: Subspaces,
+        *,
+        neighbours: Any = None,
+        text: str | None = None,
+        journal: str | Path | None = None,
+        config: EditConfig | None = None,
+    ) -> None:
+        self._model, self._tokenizer, self._subspaces = model, tokenizer, subspaces
+        self.config = config or EditConfig()
+        stack = find_stack(model)
+        layers = subspaces.fitted_on.get("layers") or range(len(stack.mlps))
+        self._stack, self._layers = stack, layers
+        self._targets = stack.targets(layers[-1])
+        self.fingerprint = fingerprint(self._targets)
+        check_fitted_on(subspaces, self.fingerprint)
+        watched = subspaces.fitted_on["contrast"] if neighbours is None else neighbours
+        facts = [probed(fact) for fact in load_facts(watched)] if watched else []
+        every = -(-len(facts) // self.config.neighbours) or 1
+        self._neighbours = [replace(fact, probes=fact.probes[:1]) for fact in facts[::every]]
+        rows = windows(tokenizer, builtin_text() if text is None else text, WINDOW)
+        self._text = sample(rows, self.config.text_tokens)
+        self._base = snapshot(self._targets)
+        self._entries: list[_Entry] = []
+        self._losses: dict[tuple[int, ...], Tensor] = {}
+        self._turns = Turns()
+        self._journal = None if journal is None else Journal(journal, self.fingerprint)
+        try:
+            if self._journal is not None and self._journal.records:
+                self._replay(self._journal)
+            self._losses_now()  # here, so that the first edit does not wait for it
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Editor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the journal; the model stays as it is."""
+        if self._journal is not None:
+            self._journal.close()
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """Those in effect, committed ones included, in the order they were made."""
+        return tuple(entry.edit for entry in self._entries if entry.status != "undone")
+
+    @property
+    def history(self) -> tuple[tuple[Edit, str], ...]:
+        """All edits made, each with its status: ``active``, ``undone`` or ``committed``."""
+        return tuple((entry.edit, entry.status) for entry in self._entries)
+
+    def forget(self, fact: Any) -> Edit:
+        """Make the model forget one fact: a :class:`Fact`, an object :func:`load_facts` reads, or a sentence.
+
+        Steps are taken until recall is at ``target_recall`` of what it was. When neighbours suffer, the steps
+        since the last look are taken back and the rate is halved. What is applied is the sum of the steps as
+        low-rank factors; where the text does not bear it, half of the steps. The edit says what was measured then,
+        and whether the fact is :attr:`Edit.forgotten`: the bounds may have left it partly known.
+
+        Raises:
+            ValueError: if the fact has no sentence, is forgotten already, or was never known.
+            EditError: if not one step was within the bounds, or recall did not fall.
+            OSError: if the journal cannot be written.
+            In each case the model is as it was.
+        """
+        started = time.perf_counter()
+        if isinstance(fact, str):
+            fact = {"id": fact, "sentences": [fact]}
+        fact = probed(load_facts([fact])[0])
+        rows = rows_to_answers(self._tokenizer, fact, self.config.max_length, self.config.skip_first)
+        with self._turns:
+            before = self._known(fact)
+            try:
+                edit, losses = self._forget(fact, pad(rows).to(self._model.device), before)
+                edit = replace(edit, seconds=time.perf_counter() - started)
+                self._record("edit", {"id": edit.id}, edit.to_bytes())
+            except BaseException:
+                self._write(self._active())
+                raise
+            self._entries.append(_Entry(edit, "active"))
+            self._losses[self._in_effect()] = losses
+            return edit
+
+    def undo(self, edit: Edit | None = None) -> Edit:
+        """Take an edit back, the last active one by default; the weights are then, bit for bit, those without it.
+
+        An earlier edit than the last can be undone where later ones hold without it.
+
+        Raises:
+            ValueError: if there is no such active edit, or a fact that a later one forgot would come back.
+        """
+        with self._turns:
+            entry = self._find(edit, "active")
+            remaining = [other for other in self._active() if other.number != entry.edit.number]
+            try:
+                self._write(remaining)
+                for later in (other for other in remaining if other.number > entry.edit.number):
+                    now = self._recall(later.fact)
+                    held = max(RETURNED, self.config.target_recall) * later.before.recall
+                    if now > max(held, 1.25 * later.after.recall):
+                        raise ValueError(
+                            f"edit {entry.edit.number} ({entry.edit.id!r}): expected later edits to hold without it, "
+                            f"got {now:.3f} recall of {later.id!r}, {later.after.recall:.3f} with it; undo edit "
+                            f"{later.number} first"
+                        )
+                self._record("undo", {"number": entry.edit.number})
+            except BaseException:
+                self._write(self._active())
+                raise
+            entry.status = "undone"
+            return entry.edit
+
+    def redo(self, edit: Edit | None = None) -> Edit:
+        """Bring an undone edit back, the last one undone by default.
+
+        Raises:
+            ValueError: if there is no such undone edit.
+        """
+        with self._turns:
+            entry = self._find(edit, "undone")
+            try:
+                self._write(sorted([*self._active(), entry.edit], key=lambda e: e.number))
+                self._record("redo", {"number": entry.edit.number})
+            except BaseException:
+                self._write(self._active())
+                raise
+            entry.status = "active"
+            return entry.edit
+
+    def commit(self) -> None:
+        """Make the active edits final: they can no longer be undone."""
+        with self._turns:
+            self._record("commit", {})
+            self._commit()
+
+    def measure(self, edit: Edit, relearn: Any = None) -> State:
+        """The model with ``edit`` in place of the active edit of its number: what a compressed one is worth.
+
+        Args:
+            relearn: facts; if given, recall after :func:`cir.relearn` has trained on them is measured too.
+
+        Raises:
+            ValueError: if no edit of that number is active.
+        """
+        with self._turns:
+            entry = self._find(edit, "active")
+            active = self._active()
+            try:
+                self._write([other for other in active if other.number < entry.edit.number])
+                original = token_losses(self._model, self._text.rows)
+                self._write([edit if other.number == entry.edit.number else other for other in active])
+                fact = entry.edit.fact
+                state = self._state(fact, original)[0]
+                if relearn is None:
+                    return state
+                last = attack(self._model, self._tokenizer, relearn, [fact], progress=False)[-1]
+                return replace(state, relearned=last[fact.id])
+            finally:
+                self._write(active)
+
+    def _forget(self, fact: Fact, batch: Batch, before: State) -> tuple[Edit, Tensor]:
+        """The edit, in place and measured, and the text losses with it."""
+        config, original = self.config, self._losses_now()
+        updates, full, stopped = self._walk(fact, batch, before)
+        while updates:
+            factors, energy = factorise(self._targets, updates, config.rank, config.energy)
+            edit = Edit(
+                id=fact.id,
+                number=len(self._entries) + 1,
+                fact=fact,
+                factors=factors,
+                energy=energy,
+                before=before,
+                full=full,
+                after=full,
+                steps=len(updates),
+                seconds=0.0,
+                stopped=stopped,
+                fingerprint=self.fingerprint,
+            )
+            self._write([*self._active(), edit])
+            after, losses = self._state(fact, original)
+            if after.rise > config.budget:
+                updates, stopped = updates[: len(updates) // 2], "budget spent"
+            elif after.recall < before.recall:
+                return replace(edit, after=after), losses
+            else:
+                raise EditError(
+                    f"fact {fact.id!r}: expected recall to fall from {before.recall:.3f}, got {after.recall:.3f}; "
+                    "nothing was changed"
+                )
+        raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
+
+    def _walk(self, fact: Fact, batch: Batch, before: State) -> tuple[list[Update], State, str]:
+        """Steps in place until the fact is forgotten: those kept, the model after the last, why it stopped."""
+        config = self.config
+        rate, goal = config.rate, config.target_recall * before.recall
+        seeds, state = itertools.count(1), before
+        # Edits that move along shared directions harm by the square of their number: each leaves out the others'.
+        common = self._subspaces.then(spanned(self._targets, [edit.factors for edit in self.edits], self._subspaces))
+        kept: list[Update] = []
+        with capture(self._model, self._stack, self._layers[-1]) as tape:
+            # What other facts begin with, the contrast facts keep; to hold down the rest costs steps.
+            as_unlearning = CIRConfig(skip_first=config.skip_first, growth_weight=0.0)
+            forgetter = Forgetter(tape, self._targets, self._layers, [batch], [], as_unlearning, common)
+            while len(kept) < config.max_steps:
+                new: list[Update] = []
+                for _ in range(NEIGHBOURS_EVERY * config.check_every):
+                    tokens = common.collapse_(forgetter.forget_tokens(0)[1])
+                    norm = selective_step(self._targets, tokens, rate, config.rounding, next(seeds))
+                    if norm == 0:
+                        return kept, state, "nothing left to break"
+                    new.append((tokens, -rate / norm))
+                    if len(new) % config.check_every == 0 and self._recall(fact) <= goal:
+                        break
+                now = self._look(fact)
+                if self._harmed(now, before):
+                    for tokens, scale in reversed(new):
+                        add_outer(self._targets, tokens, -scale, config.rounding, next(seeds))
+                    rate /= 2
+                    if rate < config.rate * SMALLEST_RATE:
+                        return kept, state, "neighbours suffer"
+                    continue
+                kept, state = kept + new, now
+                if now.recall <= goal:
+                    return kept, state, "forgotten"
+        return kept, state, "all steps taken"
+
+    def _harmed(self, now: State, before: State) -> bool:
+        if now.neighbours is None or before.neighbours is None:
+            return False
+        return now.neighbours < self.config.keep * before.neighbours
+
+    def _known(self, fact: Fact) -> State:
+        """The model before an edit of ``fact``; raises ValueError where there is nothing to forget."""
+        for entry in self._entries:
+            if entry.status != "undone" and entry.edit.fact.sentences == fact.sentences:
+                raise ValueError(f"fact {fact.id!r}: already forgotten by edit {entry.edit.number}")
+        before = self._look(fact)
+        if before.recall < UNKNOWN:
+            raise ValueError(
+                f"fact {fact.id!r}: expected one that the model knows, got a recall of {before.recall:.4f}: "
+                "forgotten already, or never known"
+            )
+        return before
+
+    def _state(self, fact: Fact, original: Tensor) -> tuple[State, Tensor]:
+        losses = token_losses(self._model, self._text.rows)
+        rise, stderr = loss_rise(losses, original, self._text)
+        return replace(self._look(fact), rise=rise, rise_stderr=stderr), losses
+
+    def _recall(self, fact: Fact) -> float:
+        return recall(self._model, self._tokenizer, [fact])[fact.id]
+
+    def _look(self, fact: Fact) -> State:
+        """Recall of ``fact`` and of the neighbours, which it is not one of."""
+        others = [n for n in self._neighbours if n.id != fact.id and n.sentences != fact.sentences]
+        recalls = recall(self._model, self._tokenizer, [fact, *others])
+        return State(recalls.pop(fact.id), mean_recall(recalls))
+
+    def _losses_now(self) -> Tensor:
+        """Of each token of the text, measured once for every set of edits."""
+        key = self._in_effect()
+        if key not in self._losses:
+            self._losses[key] = token_losses(self._model, self._text.rows)
+        return self._losses[key]
+
+    def _in_effect(self) -> tuple[int, ...]:
+        return tuple(edit.number for edit in self.edits)
+
+    def _active(self) -> list[Edit]:
+        return [entry.edit for entry in self._entries if entry.status == "active"]
+
+    def _find(self, edit: Edit | None, status: str) -> _Entry:
+        found = [e for e in self._entries if e.status == status and (edit is None or e.edit.number == edit.number)]
+        if not found:
+            which = "an edit" if edit is None else f"edit {edit.number} ({edit.id!r})"
+            states = {e.edit.number: e.status for e in self._entries}
+            raise ValueError(f"expected {which} that is {status}, got {states or 'none at all'}")
+        return found[-1]
+
+    def _write(self, edits: Sequence[Edit]) -> None:
+        """Weights = base + the sum of ``edits``, rounded once."""
+        restore(self._targets, self._base)
+        add_factors(self._targets, [edit.factors for edit in edits], rounding=self.config.rounding)
+
+    def _commit(self) -> None:
+        self._base = snapshot(self._targets)
+        for entry in self._entries:
+            entry.status = "committed" if entry.status == "active" else entry.status
+
+    def _record(self, kind: str, about: dict[str, Any], payload: bytes = b"") -> None:
+        if self._journal is not None:
+            self._journal.append(kind, about, payload)
+
+    def _replay(self, journal: Journal) -> None:
+        for record in journal.records:
+            if record.kind == "edit":
+                self._entries.append(_Entry(Edit.from_bytes(record.payload), "active"))
+            elif record.kind == "commit":
+                self._write(self._active())
+                self._commit()
+            else:
+                self._entries[record.about["number"] - 1].status = {"undo": "undone", "redo": "active"}[record.kind]
+        self._write(self._active())
+        journal.records.clear()

@@ -1,0 +1,301 @@
+"""An edit as an artefact: the low-rank change of the weights that makes a model forget one fact."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from cir.data.facts import Fact, load_facts
+from cir.forgetting.subspace import SiteSubspaces, Subspace
+from cir.model.capture import Tokens
+from cir.model.checkpoints import check_output, write_folder
+from cir.model.sites import Target, find_stack
+from cir_kernels import outer_norm_sq, outer_update_
+
+FORMAT = "cir-edit-1"
+SPANNED = 12
+"""Directions of an earlier edit that later ones leave alone, at each site."""
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""By linear: B (r, D_out) and A (r, D_in), of which B^T A is added to its weight."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A model around one edit.
+
+    Attributes:
+        recall: mean recall of the edit's fact. neighbours: of the neighbours watched, None where there are none.
+        rise: relative rise of the text loss since before the edit. rise_stderr: its standard error.
+        relearned: recall of the fact after the relearning attack, where that was measured.
+    """
+
+    recall: float
+    neighbours: float | None
+    rise: float = 0.0
+    rise_stderr: float = 0.0
+    relearned: float | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What :meth:`cir.Editor.forget` did, small enough to keep and to ship.
+
+    Attributes:
+        id: the fact's. number: place in its journal. fact: what was forgotten.
+        factors: by linear, B (r, D_out) and A (r, D_in) in the dtype of its weight: the change is B^T A.
+        energy: share of the squared norm of the change that the factors hold; the rest was left out.
+        before, full, after: the model before; with all of the change; and with the factors, as it now is.
+        steps: taken. seconds: of the whole call. stopped: why no further step was taken.
+        fingerprint: of the model that the journal's first edit was made on.
+    """
+
+    id: str
+    number: int
+    fact: Fact
+    factors: Factors = field(repr=False)
+    energy: float
+    before: State
+    full: State
+    after: State
+    steps: int
+    seconds: float
+    stopped: str
+    fingerprint: str
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether recall came down to ``target_recall``; else ``stopped`` says what was in the way."""
+        return self.stopped == "forgotten"
+
+    @property
+    def rank(self) -> int:
+        return max((len(b) for b, _ in self.factors.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for pair in self.factors.values() for t in pair)
+
+    def compress(self, *, rank: int | None = None, energy: float | None = None) -> Edit:
+        """The best approximation of at most ``rank``, or holding ``energy`` of this one's squared norm, a linear.
+
+        ``after`` stays that of the whole edit: measure the approximation with :meth:`cir.Editor.measure`.
+
+        Raises:
+            ValueError: if neither or both are given, or out of range.
+        """
+        if (rank is None) == (energy is None):
+            raise ValueError(f"expected either a rank or an energy, got {rank} and {energy}")
+        if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+            raise ValueError(f"expected a rank of at least 1 or an energy in (0, 1], got {rank or energy}")
+        most = self.rank if rank is None else rank
+        smaller = {
+            name: _truncated([b], [a], most, 1.0 if energy is None else energy)
+            for name, (b, a) in self.factors.items()
+        }
+        held = _norm_sq(smaller.values()) / max(_norm_sq(self.factors.values()), 1e-300)
+        return replace(self, factors=smaller, energy=self.energy * min(1.0, held))
+
+    def apply_(self, model: Any, *, sign: int = 1) -> None:
+        """Add the change to the weights of ``model`` in place (``sign`` -1: take it away), rounded to nearest.
+
+        Taking away gives back what was there up to rounding; :meth:`cir.Editor.undo` gives it back bit for bit.
+
+        Raises:
+            ValueError: if a linear of the edit is not in the model or has another shape; nothing is changed then.
+        """
+        add_factors(self.targets_in(model), [self.factors], sign=sign)
+
+    def targets_in(self, model: Any) -> list[Target]:
+        """The linears of ``model`` that this edit changes."""
+        stack = find_stack(model)
+        by_name = {target.name: target for target in stack.targets(len(stack.mlps) - 1)}
+        for name, (b, a) in self.factors.items():
+            shape = (b.shape[1], a.shape[1])
+            found = tuple(by_name[name].linear.weight.shape) if name in by_name else "no such linear"
+            if found != shape:
+                raise ValueError(f"edit {self.id!r}: expected a model with {name} {shape}, got {found}")
+        return [target for name, target in by_name.items() if name in self.factors]
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file."""
+        return save(*self._tensors())
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        _write_tensors(Path(path), *self._tensors())
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors = {
+            f"{name}.{part}": tensor.cpu().contiguous()
+            for name, pair in self.factors.items()
+            for part, tensor in zip("BA", pair, strict=True)
+        }
+        about = {key: value for key, value in vars(self).items() if key != "factors"}
+        plain = {key: asdict(value) if hasattr(value, "__dict__") else value for key, value in about.items()}
+        # One key: safetensors writes several in no fixed order, and the same edit is to be the same bytes.
+        return tensors, {FORMAT: json.dumps(plain)}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Edit:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file holds no edit of this format.
+        """
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if FORMAT not in metadata:
+                raise ValueError(f"{path}: expected a file of format {FORMAT}, got metadata {sorted(metadata)}")
+            return cls._of(metadata, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Edit:
+        """Read what :meth:`to_bytes` made; the metadata is the file's JSON header's."""
+        from safetensors.torch import load
+
+        length = int.from_bytes(data[:8], "little")
+        return cls._of(json.loads(data[8 : 8 + length])["__metadata__"], load(data))
+
+    @classmethod
+    def _of(cls, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Edit:
+        about = json.loads(metadata[FORMAT])
+        factors = {key[:-2]: (tensor, tensors[key[:-1] + "A"]) for key, tensor in tensors.items() if key[-1] == "B"}
+        states = {key: State(**about[key]) for key in ("before", "full", "after")}
+        return cls(**{**about, **states, "fact": load_facts([about["fact"]])[0], "factors": factors})
+
+    def export_lora(self, folder: str | Path, base_model: str = "") -> None:
+        """Write a LoRA adapter that ``peft`` loads as it is, and that serving engines can swap in and out.
+
+        Every linear has the largest rank among them, the others filled with zeros, as engines want one rank.
+        """
+        rank, tensors = self.rank, {}
+        for name, (b, a) in self.factors.items():
+            for part, rows in (("A", a), ("B", b)):
+                padded = rows.new_zeros(rank, rows.shape[1])
+                padded[: len(rows)] = rows
+                key = f"base_model.model.{name}.lora_{part}.weight"
+                tensors[key] = (padded if part == "A" else padded.T).contiguous().cpu()
+        layers = sorted({int(part) for name in self.factors for part in name.split(".") if part.isdigit()})
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "r": rank,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+            "target_modules": sorted({name.rpartition(".")[2] for name in self.factors}),
+            "layers_to_transform": layers,
+        }
+
+        def fill(partial: Path) -> None:
+            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+        write_folder(check_output(str(folder), overwrite=False), fill)
+
+
+@torch.no_grad()
+def add_factors(
+    targets: Sequence[Target], edits: Sequence[Factors], *, sign: int = 1, rounding: str = "nearest"
+) -> None:
+    """W <- W + sign * the sum of the edits' B^T A for each target, rounded once: the same bits each time."""
+    for place, target in enumerate(targets if edits else ()):
+        weight = target.linear.weight
+        b, a = (torch.cat(rows).to(weight.device) for rows in zip(*(f[target.name] for f in edits), strict=True))
+        how = rounding if weight.dtype.itemsize == 2 else "nearest"
+        outer_update_(weight, b, a, float(sign), rounding=how, seed=place)
+
+
+def factorise(
+    targets: Sequence[Target], updates: Sequence[tuple[Tokens, float]], rank: int, energy: float
+) -> tuple[Factors, float]:
+    """The sum of ``scale * G^T A`` over ``updates`` as factors of at most ``rank`` that hold ``energy`` of it.
+
+    Returns:
+        The factors, in the dtype of the weights, and the share of the squared norm that they hold.
+    """
+    factors: Factors = {}
+    total = 0.0
+    for target in targets:
+        g = [tokens[target.gradient.name].float() * scale for tokens, scale in updates]
+        a = [tokens[target.activation.name].float() for tokens, _ in updates]
+        total += float(outer_norm_sq([([torch.cat(g)], torch.cat(a))]))
+        b, a_r = _truncated(g, a, rank, energy)
+        dtype = target.linear.weight.dtype
+        factors[target.name] = b.to(dtype), a_r.to(dtype)
+    return factors, min(1.0, _norm_sq(factors.values()) / max(total, 1e-300))
+
+
+def spanned(targets: Sequence[Target], edits: Sequence[Factors], known: SiteSubspaces) -> SiteSubspaces:
+    """At each site, the leading directions of what ``edits`` change there that ``known`` leaves.
+
+    ``SPANNED`` for each edit, and half of what is left of the site at most.
+    """
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+    for target in targets if edits else ():
+        for factors in edits:
+            b, a = (part.to(target.linear.weight.device) for part in factors[target.name])
+            rows[target.gradient.name].append(b)
+            rows[target.activation.name].append(a)
+    most = SPANNED * len(edits)
+    return SiteSubspaces(
+        {name: _leading(torch.cat(them), known.get(name), most) for name, them in rows.items()}, known.mode
+    )
+
+
+def _leading(rows: Tensor, known: Subspace | None, most: int) -> Subspace:
+    """At most ``most`` orthonormal directions of ``rows`` (N, D), orthogonal to those known."""
+    rows, width = rows.float(), rows.shape[1]
+    smallest = 1e-3 * float(rows.norm())
+    if known is not None:
+        basis = known.basis.to(rows.device)
+        rows, width = rows - rows @ basis @ basis.T, width - basis.shape[1]
+    _, values, vh = torch.linalg.svd(rows, full_matrices=False)
+    kept = min(most, width // 2, int((values > smallest).sum()))
+    return Subspace(vh[:kept].T.contiguous(), None, values[:kept].double().square())
+
+
+def _truncated(g: Sequence[Tensor], a: Sequence[Tensor], rank: int, energy: float) -> tuple[Tensor, Tensor]:
+    """B (r, D_out), A (r, D_in) of the leading singular vectors of sum G^T A, from products with thin matrices.
+
+    Randomised subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4): G^T A is never formed, as its
+    factors have a row for every token of every step.
+    """
+    g_all, a_all = torch.cat(list(g)).float(), torch.cat(list(a)).float()
+    columns = min(rank + 16, *g_all.shape, *a_all.shape)
+    generator = torch.Generator().manual_seed(0)
+    sketch = torch.randn(a_all.shape[1], columns, generator=generator).to(a_all.device)
+    for _ in range(2):
+        left = torch.linalg.qr(g_all.T @ (a_all @ sketch))[0]
+        right = (left.T @ g_all.T) @ a_all
+        sketch = torch.linalg.qr(right.T)[0]
+    u, values, vh = torch.linalg.svd(right, full_matrices=False)
+    held = values.double().square().cumsum(0)
+    enough = int((held < energy * held[-1]).sum()) + 1
+    kept = min(rank, enough, len(values))
+    root = values[:kept].sqrt()[:, None]
+    return root * (left @ u[:, :kept]).T, root * vh[:kept]
+
+
+def _norm_sq(pairs: Any) -> float:
+    return float(sum(outer_norm_sq([([b.float()], a.float())]) for b, a in pairs))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

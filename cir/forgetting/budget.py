@@ -1,0 +1,152 @@
+"""The budget of harm: what is measured against it, the best state inside it, and the way back there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from cir.data.facts import Fact
+from cir.data.sampling import sample
+from cir.forgetting.forgetter import EpochLosses
+from cir.forgetting.report import Epoch, Measure, Report
+from cir.forgetting.update import NonFiniteError, interpolate, phase, restore, snapshot
+from cir.measures import loss_rise, recall, token_losses
+from cir.model.sites import Target
+
+logger = logging.getLogger(__name__)
+
+RETREATS = 3
+"""States tried, at most, on the line back from an epoch that overstepped the budget."""
+
+
+class Meter:
+    """Measures the model against its state ``before``, when the meter was made, on at most ``tokens`` of ``rows``
+    (N, L), half of them where the text is nearest the facts.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor, tokens: int | None) -> None:
+        self._model, self._tokenizer, self._facts = model, tokenizer, facts
+        near = tokenizer([sentence for fact in facts for sentence in fact.sentences])["input_ids"]
+        self._sample = sample(rows, tokens, near)
+        with phase("budget check"):
+            self._original = token_losses(model, self._sample.rows)
+        if not torch.isfinite(self._original).all():
+            raise NonFiniteError(
+                "expected a finite loss on the disruption text before any update, got NaN or infinity"
+            )
+        self.before = self._measured(self._original)
+
+    @property
+    def partial(self) -> bool:
+        """Whether windows were left out."""
+        return len(self._sample.rows) < self._sample.count
+
+    def measure(self) -> Measure:
+        """The loss, and what is recalled of the facts."""
+        with phase("budget check"):
+            losses = token_losses(self._model, self._sample.rows)
+        return self._measured(losses)
+
+    def _measured(self, losses: torch.Tensor) -> Measure:
+        rise, stderr = loss_rise(losses, self._original, self._sample)
+        with phase("recall"):
+            recalls = recall(self._model, self._tokenizer, self._facts)
+        return Measure(recalls, self._sample.mean(losses.mean(1))[0], rise, stderr)
+
+
+class Best:
+    """The best state so far inside the budget: its ``weights``, and its measure in the report's ``after``."""
+
+    def __init__(self, targets: Sequence[Target], meter: Meter, report: Report) -> None:
+        self._targets, self._meter, self._report = targets, meter, report
+        self.weights = snapshot(targets)
+        self._untouched = snapshot(targets) if report.config.full_check else self.weights
+        self._spare: list[torch.Tensor] | None = None
+
+    def consider(self, number: int, losses: EpochLosses, share: float = 1.0) -> bool:
+        """Measure the model after ``share`` of an epoch's change, and report it; whether it is inside the budget."""
+        now, config = self._meter.measure(), self._report.config
+        inside = now.rise_bound <= config.budget
+        kept = inside and _better(now, self._report.after)
+        self._report.epochs.append(Epoch(number, share * config.rate, losses.breaking, losses.retain, now, kept))
+        if kept:
+            # Into the second of two, so that one is whole whatever happens meanwhile.
+            taken = snapshot(self._targets, into=self._spare)
+            self.weights, self._spare, self._report.after = taken, self.weights, now
+        return inside
+
+    def retreat(self, number: int, losses: EpochLosses) -> None:
+        """Back from an epoch that overstepped the budget, on the line to the best state, until inside."""
+        weights, report = self.weights, self._report
+
+        def go(part: float, share: float) -> Measure:
+            interpolate(self._targets, weights, part)
+            self.consider(number, losses, share)
+            return report.epochs[-1].measure
+
+        retreat(report.after, report.epochs[-1].measure, report.config.budget, go)
+
+    def confirm(self, whole: Meter) -> None:
+        """Measure the best state on the ``whole`` text, and go back to the model as it came until inside."""
+
+        def go(part: float, share: float) -> Measure:
+            interpolate(self._targets, self._untouched, part)
+            return whole.measure()
+
+        restore(self._targets, self.weights)
+        budget, now = self._report.config.budget, whole.measure()
+        found: Measure | None = now
+        if now.rise_bound > budget:
+            logger.warning("the whole text's loss rose by %.3f %%: going back", 100 * now.rise)
+            found = retreat(whole.before, now, budget, go)
+        self._report.before, self._report.after = whole.before, found or whole.before
+        self.weights = snapshot(self._targets, into=self._spare) if found else self._untouched
+
+
+def _better(now: Measure, best: Measure) -> bool:
+    """Without probes, later is better."""
+    return now.mean_recall is None or best.mean_recall is None or now.mean_recall < best.mean_recall
+
+
+def reached(measure: Measure, target: float | None) -> bool:
+    """Whether the mean recall is at ``target`` or below."""
+    return target is not None and measure.mean_recall is not None and measure.mean_recall <= target
+
+
+def retreat(
+    best: Measure, over: Measure, budget: float, go: Callable[[float, float], Measure], tries: int = RETREATS
+) -> Measure | None:
+    """Back from a model that was measured ``over`` the budget, on the line to where ``best`` was, until inside.
+
+    Args:
+        go: leaves the model a part of the way that it is from there, and measures it; it is told that part, and the
+            share of the whole way that this makes.
+        tries: at most.
+
+    Returns:
+        What was measured inside; None where no try was.
+    """
+    share = 1.0
+    for _ in range(tries):
+        part = share_inside(best, over, budget)
+        share *= part
+        over = go(part, share)
+        if over.rise_bound <= budget:
+            return over
+    return None
+
+
+def share_inside(best: Measure, over: Measure, budget: float) -> float:
+    """The share of the way from ``best`` to ``over`` that should end just inside: harm is as the square of a length
+    that grows in proportion to the way, and so does the standard error.
+    """
+    room, slope = budget - best.rise_bound, over.rise_stderr - best.rise_stderr
+    start = max(best.rise, 0.0) ** 0.5
+    growth = max(max(over.rise - min(best.rise, 0.0), 0.0) ** 0.5 - start, 0.0)
+    # The larger root of growth^2 x^2 + linear x = room, in the form that loses no digits where the curve is flat.
+    linear = 2 * start * growth + slope
+    root = (linear**2 + 4 * growth**2 * max(room, 0.0)) ** 0.5
+    return 0.95 * min(1.0, 2 * max(room, 0.0) / max(linear + root, 1e-30))

@@ -1,0 +1,114 @@
+"""What a run takes of the device's memory, counted beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cir.config import CIRConfig, rank_at
+from cir.data.tokens import Batch
+from cir.forgetting.subspace import columns_at
+from cir.measures import TOKENS_PER_FORWARD, WINDOW
+from cir.model.offload import free_memory, upper_modules
+from cir.model.sites import Site, Stack, sites_of
+
+OFFLOAD = ("auto", "always", "never")
+TOKENS_AT_ONCE = 512
+"""Of a step, in one forward and backward: enough to fill a GPU, and what autograd keeps of them stays small."""
+LEAST_AT_ONCE = 32
+"""A sentence: no step is made smaller."""
+HIDDEN_KEPT, INNER_KEPT = 12, 4
+"""Vectors of a layer's hidden and MLP sizes that autograd keeps of a token: norms, attention, residuals; the MLP."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of the device's memory that a run takes beyond the weights.
+
+    Attributes:
+        held: throughout: bases, the moments of the next ones and, without a GPU, copies of the updated weights.
+        rows: of the largest step, at every site. token: that autograd keeps for one of the ``tokens`` run at once.
+        check: the logits of a budget check.
+    """
+
+    held: int
+    rows: int
+    token: int
+    check: int
+    tokens: int = TOKENS_AT_ONCE
+
+    @property
+    def peak(self) -> int:
+        return self.held + max(self.rows + self.token * self.tokens, self.check)
+
+    def within(self, have: int) -> Need:
+        """The same with as few tokens at once as ``have`` bytes take.
+
+        Raises:
+            MemoryError: if they do not take it with the least.
+        """
+        room = (have - self.held - self.rows) // self.token
+        need = replace(self, tokens=max(LEAST_AT_ONCE, min(self.tokens, room)))
+        if need.peak > have:
+            raise MemoryError(
+                f"expected {need.peak / 2**30:.2f} GiB of free memory beyond the weights, got {have / 2**30:.2f} GiB"
+            )
+        return need
+
+
+def needed(model: Any, stack: Stack, batches: Sequence[Batch], retain: Sequence[Batch], config: CIRConfig) -> Need:
+    """What :func:`cir.unlearn` takes, by counting."""
+    layers, last = config.layers(len(stack.mlps)), config.last_updated(len(stack.mlps))
+    targets = stack.targets(last)
+    sites = sites_of(targets)
+    size = targets[0].linear.weight.element_size()
+    ranks = {"activation": config.rank_activation, "gradient": config.rank_gradient}
+    common = {site: rank_at(site, ranks[site.kind]) for site in sites}
+    background = {site: rank_at(site, config.rank_background) for site in sites if site.kind == "activation"}
+    held = sum(4 * site.width * (common[site] + background.get(site, 0)) for site in sites)
+    held += max(_moments(common, config.exact), _moments(background))
+    if model.device.type != "cuda":
+        held += (3 if config.full_check else 2) * sum(target.linear.weight.nbytes for target in targets)
+    forget = max(int(batch.counted(config.skip_first).sum()) for batch in batches)
+    keep = max((int(batch.attention_mask.sum()) for batch in retain if config.retain_rate), default=0)
+    window = max(WINDOW, config.retain_length)
+    hidden, inner = sorted(targets[0].linear.weight.shape)
+    return Need(
+        held=held,
+        rows=max(forget, keep) * size * sum(site.width for site in sites),
+        token=len(stack.layers[: layers[-1] + 1]) * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner),
+        # As they come, and of a window in float32 and as log-probabilities.
+        check=model.config.get_text_config().vocab_size * (TOKENS_PER_FORWARD * size + window * 8),
+    )
+
+
+def settle(model: Any, stack: Stack, last_layer: int, need: Need, offloading: str) -> tuple[Need, bool]:
+    """What will be taken of the memory that is free, and whether the upper weights are to wait on the host.
+
+    Raises:
+        ValueError: if ``offloading`` is none of :data:`OFFLOAD`.
+        MemoryError: if it does not suffice even so.
+    """
+    if offloading not in OFFLOAD:
+        raise ValueError(f"offload: expected one of {', '.join(OFFLOAD)}, got {offloading!r}")
+    device, have = model.device, free_memory(model.device)
+    sizes, on_device = [], 0
+    for module in upper_modules(model, stack, last_layer):
+        sizes.append(sum(parameter.nbytes for parameter in module.parameters()))
+        on_device += sum(parameter.nbytes for parameter in module.parameters() if parameter.device == device)
+    if have is None:
+        return need, offloading == "always"
+    # A model spread over several devices stays as it is.
+    movable = device.type == "cuda" and on_device == sum(sizes)
+    moves = offloading == "always" or (offloading == "auto" and movable and need.peak > have)
+    if device.type == "cuda" and (moves or on_device < sum(sizes)):
+        # Those on the host come back one module at a time.
+        have += (on_device if moves else 0) - max(sizes, default=0)
+    return need.within(have), moves
+
+
+def _moments(ranks: Mapping[Site, int], exact: bool = False) -> int:
+    """Bytes of X^T X Omega in float64 and of Omega in bfloat16, or of half X^T X."""
+    columns = {site: columns_at(site, rank, exact) for site, rank in ranks.items() if rank}
+    return sum(site.width * (10 * n if n < site.width else 4 * n + 4) for site, n in columns.items())

@@ -1,0 +1,265 @@
+"""Common subspaces of activations and gradients: streamed moments in, a basis for each site out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cir.config import MODES, rank_at
+from cir.model.sites import Site
+from cir_kernels import Moments, accumulate_moments, collapse, collapse_and_accumulate, new_moments, symmetric
+
+OVERSAMPLING = 32
+"""Columns of the test matrix beyond twice the rank (beyond the rank + 64, where that is less)."""
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """What is common at one site, as the collapse X - (X P) M^T P^T reads it.
+
+    Attributes:
+        basis: P, (D, k) float32.
+        mixer: M, (k, k) float32; None for the identity.
+        variance: (c,) float64, variance a token along the principal components kept, largest first.
+    """
+
+    basis: Tensor
+    mixer: Tensor | None
+    variance: Tensor
+
+    def collapse_(self, x: Tensor) -> Tensor:
+        """Take the common subspace out of rows ``x`` (T, D), in place."""
+        return collapse(x, self.basis, self.mixer, out=x)
+
+
+def principal_components(moments: Moments, rank: int, centred: bool = True) -> tuple[Tensor, Tensor]:
+    """The leading eigenpairs of the covariance that ``moments`` streamed.
+
+    With a test matrix: single-pass Nystroem, stabilised by a shift (Tropp et al., NeurIPS 2017, algorithm 3),
+    in float64 throughout. Without one: the full eigendecomposition.
+
+    Returns:
+        Components (D, rank) with orthonormal columns and their variances (rank,), largest first, float64.
+        Directions without variance are zero columns.
+
+    Raises:
+        ValueError: if no rows were seen, ``rank`` exceeds the columns kept, or a moment is not finite.
+    """
+    width, omega = len(moments.total), moments.omega
+    columns = width if omega is None else omega.shape[1]
+    if not moments.count:
+        raise ValueError("expected moments of at least one token, got none")
+    if rank > columns:
+        raise ValueError(f"expected at most {columns} components, got {rank}")
+    if not torch.isfinite(moments.action).all():
+        raise ValueError("expected finite moments, got NaN or infinity")
+    mean = moments.total / moments.count * centred
+    if omega is None:
+        scatter = symmetric(moments.action, width)
+        variance, components = torch.linalg.eigh(scatter.addr_(moments.total, mean, alpha=-1))
+    else:
+        omega = omega.double()
+        action = torch.addr(moments.action, moments.total, mean @ omega, alpha=-1)
+        variance, components = _nystroem(action, omega)
+    variance = variance.flip(-1)[:rank].clamp_min(0) / moments.count
+    components = torch.linalg.qr(components.flip(-1)[:, :rank])[0]
+    real = variance > columns * torch.finfo(variance.dtype).eps * variance[:1]
+    return components * real, variance * real
+
+
+def _nystroem(action: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenpairs, ascending, of the rank-s approximation of S from S Omega, whatever the columns of Omega."""
+    shift = torch.finfo(action.dtype).eps * torch.linalg.norm(action)
+    shift = shift.clamp_min(torch.finfo(action.dtype).tiny)
+    shifted = action + shift * omega
+    core = omega.T @ shifted
+    factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
+    if failed:
+        # Fewer independent rows than columns, by rounding: drop the null directions instead.
+        values, vectors = torch.linalg.eigh((core + core.T) / 2)
+        scale = torch.where(values > shift, values.clamp_min(shift).rsqrt(), 0)
+        root = shifted @ (vectors * scale)
+    else:
+        root = torch.linalg.solve_triangular(factor.mT, shifted, upper=True, left=False)
+    # S is root root^T: the Gram matrix (s, s) holds its eigenvalues, and is cheaper than an SVD of (D, s).
+    values, vectors = torch.linalg.eigh(root.T @ root)
+    components = (root @ vectors) / values.clamp_min(shift).sqrt()
+    return (values - shift), components
+
+
+def common_subspace(moments: Moments, rank: int, mode: str) -> Subspace:
+    """The subspace of ``rank`` directions to collapse, from the moments of one site.
+
+    ``orthogonal``: span of the mean and the rank - 1 leading components, M = I: a projector.
+    ``sequential``: the paper's own order, the unit mean first and then each of the rank - 1 components;
+    M = [[1, 0], [-V^T mu, I]]. Not a projector, as mu is not orthogonal to V.
+    ``soft`` (RepSelect, arXiv 2606.17168): the rank leading directions of the uncentred moments, so that the
+    mean counts among them, each scaled by lambda_min / lambda_i instead of removed.
+    """
+    if mode == "soft":
+        basis, variance = principal_components(moments, rank, centred=False)
+        kept = torch.where(variance > 0, variance[-1] / variance.clamp_min(1e-300), 1.0)
+        return Subspace(basis.float(), torch.diag(1 - kept).float(), variance)
+    components, variance = principal_components(moments, rank - 1)
+    # A mean of rounding errors, left by an earlier collapse, has no direction.
+    mean = _unit(moments.total / moments.count, negligible=1e-6 * variance[:1].sum().sqrt())
+    if mode == "orthogonal":
+        rest = _unit(mean - components @ (components.T @ mean), negligible=torch.full_like(mean[0], 1e-6))
+        return Subspace(torch.cat([components, rest[:, None]], dim=1).float(), None, variance)
+    basis = torch.cat([mean[:, None], components], dim=1)
+    mixer = torch.eye(rank, dtype=basis.dtype, device=basis.device)
+    mixer[1:, 0] = -(components.T @ mean)
+    return Subspace(basis.float(), mixer.float(), variance)
+
+
+def _unit(vector: Tensor, negligible: Tensor) -> Tensor:
+    """``vector`` at length 1, or zero where it is no longer than ``negligible``."""
+    norm = vector.norm()
+    return torch.where(norm > negligible, vector / norm, 0)
+
+
+class SiteSubspaces(Mapping[str, Subspace]):
+    """The common subspace of every site, by site name. Fitted on a model and kept: :class:`cir.Subspaces`."""
+
+    def __init__(
+        self, subspaces: Mapping[str, Subspace], mode: str, fitted_on: Mapping[str, Any] | None = None
+    ) -> None:
+        self._subspaces = dict(subspaces)
+        self.fitted_on = dict(fitted_on or {})
+        """What ``Subspaces.fit`` notes: ``fingerprint`` of the model, its loss ``layers``, the ``contrast`` facts."""
+        self.mode = mode
+
+    def __getitem__(self, name: str) -> Subspace:
+        return self._subspaces[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._subspaces)
+
+    def __len__(self) -> int:
+        return len(self._subspaces)
+
+    def collapse_(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Collapse rows (T, width), in place, at the sites that have a subspace; returns ``tokens``."""
+        for name in self.keys() & tokens.keys():
+            self[name].collapse_(tokens[name])
+        return tokens
+
+    def then(self, other: SiteSubspaces) -> SiteSubspaces:
+        """The one collapse that is this one followed by ``other``, fitted on what this one leaves.
+
+        Holds because such bases are orthogonal: (I - P1 M1^T P1^T)(I - P2 M2^T P2^T) has no cross term.
+        """
+        joined = {name: _join(self.get(name), other.get(name)) for name in {**self, **other}}
+        return type(self)(joined, other.mode, other.fitted_on or self.fitted_on)
+
+
+def _join(first: Subspace | None, second: Subspace | None) -> Subspace:
+    if first is None or second is None:
+        return first or second  # type: ignore[return-value]
+    mixer = None
+    if first.mixer is not None or second.mixer is not None:
+        blocks = [
+            torch.eye(s.basis.shape[1], device=s.basis.device) if s.mixer is None else s.mixer
+            for s in (first, second)
+        ]
+        mixer = torch.block_diag(*blocks)
+    variance = torch.cat([first.variance, second.variance])
+    return Subspace(torch.cat([first.basis, second.basis], dim=1), mixer, variance)
+
+
+def columns_at(site: Site, rank: int, exact: bool = False) -> int:
+    """Columns of S Omega to stream for ``rank`` directions; the site's width where S itself is."""
+    # As many extra columns as components where few are kept: the slower the spectrum falls, the more it takes.
+    columns = min(rank + min(rank, 64) + OVERSAMPLING, site.width)
+    # The whole scatter takes no more work than a sketch of half its width.
+    return site.width if exact or columns > site.width / 2 else columns
+
+
+class SubspaceStream:
+    """Streams tokens of many sites into moments, and solves them into :class:`SiteSubspaces` once an epoch.
+
+    Memory is D x s float64 a site, s = columns of the test matrix, whatever the number of tokens. Every solve
+    starts the next stream warm: its test matrix is the solved components plus fresh random columns.
+
+    Args:
+        sites: what to stream.
+        rank_activation, rank_gradient: k of the two kinds of site, the mean included, see :func:`rank_at`; 0 streams
+            none of the kind.
+        mode: ``orthogonal``, ``sequential`` or ``soft``.
+        exact: keep the full D x D scatter instead of a sketch.
+        seed: of the random columns.
+    """
+
+    def __init__(
+        self,
+        sites: Iterable[Site],
+        *,
+        rank_activation: float,
+        rank_gradient: float,
+        mode: str = "orthogonal",
+        exact: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        kinds = {"activation": rank_activation, "gradient": rank_gradient}
+        self._ranks = {site: rank_at(site, kinds[site.kind]) for site in sites}
+        for site, rank in self._ranks.items():
+            if not 0 <= rank <= site.width:
+                raise ValueError(f"{site.name}: expected a rank of 0 to {site.width}, got {rank}")
+        self._sites = [site for site, rank in self._ranks.items() if rank]
+        self._mode, self._exact = mode, exact
+        self._generator = torch.Generator().manual_seed(seed)
+        self._random: dict[tuple[int, int], Tensor] = {}
+        self._moments: dict[str, Moments] = {}
+        self._components: dict[str, Tensor] = {}
+
+    def observe(self, tokens: Mapping[str, Tensor]) -> None:
+        """Add rows (T, width) of each site named in ``tokens``."""
+        for site in self._sites:
+            if site.name in tokens:
+                accumulate_moments(self._moments_at(site, tokens[site.name]), tokens[site.name])
+
+    def observe_and_collapse_(self, tokens: dict[str, Tensor], common: SiteSubspaces) -> dict[str, Tensor]:
+        """:meth:`observe` and then ``common.collapse_``, in one trip over the rows where a kernel can."""
+        both = [site for site in self._sites if site.name in tokens and site.name in common]
+        for site in both:
+            rows, subspace = tokens[site.name], common[site.name]
+            moments = self._moments_at(site, rows)
+            collapse_and_accumulate(moments, rows, subspace.basis, subspace.mixer, out=rows)
+        rest = {name: rows for name, rows in tokens.items() if name not in {site.name for site in both}}
+        self.observe(rest)
+        common.collapse_(rest)
+        return tokens
+
+    def solve(self) -> SiteSubspaces:
+        """Turn what was observed into subspaces, and start the next stream empty and warm."""
+        # The moments of a site are let go as its basis comes: of large ranks both at once would be the most held.
+        solved = {
+            site.name: common_subspace(self._moments.pop(site.name), self._ranks[site], self._mode)
+            for site in self._sites
+        }
+        self._components = {name: subspace.basis for name, subspace in solved.items()}
+        self._random = {}
+        return SiteSubspaces(solved, self._mode)
+
+    def _moments_at(self, site: Site, rows: Tensor) -> Moments:
+        if site.name not in self._moments:
+            self._moments[site.name] = new_moments(site.width, self._omega(site), rows.device)
+        return self._moments[site.name]
+
+    def _omega(self, site: Site) -> Tensor | None:
+        shape = (site.width, columns_at(site, self._ranks[site], self._exact))
+        if shape[1] == site.width:
+            return None
+        if shape not in self._random:  # sites of one shape share the draw, of which each stream has its own
+            self._random[shape] = torch.randn(shape, generator=self._generator) / site.width**0.5
+        omega = self._random[shape]
+        if site.name in self._components:
+            warm = self._components[site.name].cpu()
+            omega = torch.cat([warm, omega[:, warm.shape[1] :]], dim=1)
+        return omega

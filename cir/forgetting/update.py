@@ -1,0 +1,175 @@
+"""The update: the only file that changes weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cir.model.sites import Target
+from cir_kernels import outer_norm_sq, outer_update_
+
+PHASE = "cir::"
+"""Before the names of what :func:`phase` marks."""
+
+
+def phase(name: str) -> Any:
+    """A context that a profiler shows by this name."""
+    return torch.profiler.record_function(PHASE + name)
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient was NaN or infinite; no weight was changed by the step that met it."""
+
+
+def selective_step(
+    targets: Sequence[Target],
+    tokens: Mapping[str, Tensor],
+    rate: float,
+    rounding: str = "nearest",
+    seed: int = 0,
+    remainders: dict[str, Tensor] | None = None,
+    loss: Tensor | None = None,
+) -> float:
+    """W <- W - rate * dW / ||dW||, with dW = G'^T A' and the norm of all targets together.
+
+    Args:
+        targets: the linears to update.
+        tokens: collapsed rows A' (T, D_in) and G' (T, D_out) at each of their sites.
+        rate: r, the Frobenius norm of the whole change.
+        rounding, seed: of 16-bit weights, see :func:`cir_kernels.outer_update_`.
+        remainders: by target name, what "compensated" keeps from step to step; empty at first.
+        loss: a scalar that has to be finite too. It and the norm reach the host together, the step's only wait.
+
+    Returns:
+        ||dW|| before scaling. Where it is 0 nothing is changed.
+
+    Raises:
+        NonFiniteError: before any weight is changed.
+    """
+    with phase("norm"):
+        value, squared = _on_host(loss, outer_norm_sq(_groups(targets, tokens)))
+    if not math.isfinite(value + squared):
+        raise NonFiniteError(
+            f"expected a finite loss and update, got loss {value} and norm {squared**0.5}; no weight was changed"
+        )
+    norm = math.sqrt(squared)
+    if norm > 0:
+        with phase("update"):
+            add_outer(targets, tokens, -rate / norm, rounding, seed, remainders)
+    return norm
+
+
+def plain_step(
+    targets: Sequence[Target],
+    tokens: Mapping[str, Tensor],
+    rate: float,
+    rounding: str = "nearest",
+    seed: int = 0,
+    remainders: dict[str, Tensor] | None = None,
+    loss: Tensor | None = None,
+) -> None:
+    """W <- W - rate * G^T A: plain SGD with the ordinary weight gradient, which is never stored.
+
+    Arguments are those of :func:`selective_step`.
+
+    Raises:
+        NonFiniteError: before any weight is changed.
+    """
+    device = targets[0].linear.weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for rows in tokens.values():
+        if rows.numel():  # the sum of the extremes is finite only where all rows are
+            total += torch.stack(torch.aminmax(rows)).double().sum().to(device)
+    value, summed = _on_host(loss, total)
+    if not math.isfinite(value + summed):
+        raise NonFiniteError(f"expected a finite loss and finite rows, got loss {value}; no weight was changed")
+    add_outer(targets, tokens, -rate, rounding, seed, remainders)
+
+
+def _on_host(loss: Tensor | None, value: Tensor) -> list[float]:
+    """``loss`` (0 where there is none) and ``value``, in one transfer."""
+    first = torch.zeros_like(value) if loss is None else loss.detach().to(value)
+    return torch.stack([first, value]).tolist()
+
+
+@torch.no_grad()
+def snapshot(targets: Sequence[Target], into: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Copies of the target weights, on the host; in the memory of an earlier snapshot, ``into``, where given."""
+    weights = [target.linear.weight for target in targets]
+    if into is None:
+        # Pinned, a GPU writes them several times as fast.
+        into = [torch.empty(w.shape, dtype=w.dtype, pin_memory=w.is_cuda) for w in weights]
+    for weight, copy in zip(weights, into, strict=True):
+        copy.copy_(weight, non_blocking=True)
+    for device in {weight.device for weight in weights if weight.is_cuda}:
+        torch.cuda.synchronize(device)
+    return list(into)
+
+
+@torch.no_grad()
+def restore(targets: Sequence[Target], weights: Sequence[Tensor]) -> None:
+    """Put weights taken by :func:`snapshot` back in place, bit for bit."""
+    for target, weight in zip(targets, weights, strict=True):
+        target.linear.weight.copy_(weight)
+
+
+@torch.no_grad()
+def interpolate(targets: Sequence[Target], weights: Sequence[Tensor], share: float) -> None:
+    """Leave ``share`` of the way from ``weights``, taken by :func:`snapshot`, to those that are in place."""
+    for target, weight in zip(targets, weights, strict=True):
+        now = target.linear.weight
+        now.lerp_(weight.to(now.device), 1 - share)
+
+
+def fingerprint(targets: Sequence[Target]) -> str:
+    """SHA-256 over the names, types, shapes and bits of the target weights."""
+    return fingerprint_of((target.name, target.linear.weight.detach()) for target in targets)
+
+
+def fingerprint_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """As :func:`fingerprint`, of weights by the names of their linears, from a checkpoint say."""
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _groups(targets: Sequence[Target], tokens: Mapping[str, Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """The gradients of targets that read one site, beside what they read."""
+    by_site = groupby(targets, lambda target: target.activation.name)
+    return [([tokens[target.gradient.name] for target in group], tokens[name]) for name, group in by_site]
+
+
+@torch.no_grad()
+def add_outer(
+    targets: Sequence[Target],
+    tokens: Mapping[str, Tensor],
+    scale: float,
+    rounding: str = "nearest",
+    seed: int = 0,
+    remainders: dict[str, Tensor] | None = None,
+) -> None:
+    """W <- W + scale * G^T A for each target, from the rows at its sites."""
+    for place, target in enumerate(targets):
+        weight, remainder = target.linear.weight, None
+        how = rounding if weight.dtype.itemsize == 2 else "nearest"
+        if how == "compensated" and remainders is not None:
+            if target.name not in remainders:
+                remainders[target.name] = torch.zeros_like(weight, dtype=torch.int16)
+            remainder = remainders[target.name]
+        outer_update_(
+            weight,
+            tokens[target.gradient.name],
+            tokens[target.activation.name],
+            scale,
+            rounding=how,
+            seed=seed * len(targets) + place,
+            remainder=remainder,
+        )

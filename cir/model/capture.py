@@ -1,0 +1,196 @@
+"""Forward and backward passes that hand over each linear's input and output gradient, and no weight gradient.
+
+This is the only file that touches autograd. All that is done to the model is undone when the context ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cir.data.tokens import Batch
+from cir.model.sites import Site, Stack, Target
+
+Tokens = dict[str, Tensor]
+"""Rows (T, width) at each site, by site name."""
+
+
+class _TappedLinear(torch.autograd.Function):
+    """y = x W^T + b whose backward gives x its gradient, ``record`` dL/dy, and W nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tap: Tensor, linear: nn.Linear, record: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(linear.weight)
+        ctx.record = record
+        return F.linear(x, linear.weight, linear.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        (grad,) = grads
+        ctx.record(grad)
+        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
+
+
+@dataclass
+class Hidden:
+    """What a trimmed forward leaves.
+
+    Attributes:
+        places: (N,) of the batch's real tokens in the flattened forward. counted: of those that are counted.
+        outputs: flattened output of each layer's MLP, by layer. last: of the last layer run.
+        tokens: rows of the counted tokens at every activation site; :meth:`Capture.backward` adds the gradient sites.
+        observe: given those of each site as they come; none of them are kept then.
+    """
+
+    places: Tensor
+    counted: Tensor
+    outputs: dict[int, Tensor]
+    last: Tensor
+    tokens: Tokens
+    observe: Callable[[Tokens], object] | None = None
+
+    def real(self, rows: Tensor) -> Tensor:
+        """(N, D) of the real tokens, from a flattened output."""
+        return rows.index_select(0, self.places.to(rows.device))
+
+    def mlp_outputs(self, layers: Iterable[int]) -> dict[int, Tensor]:
+        """MLP outputs (N, D) at the real tokens of the batch."""
+        return {layer: self.real(self.outputs[layer]) for layer in layers}
+
+
+class Capture:
+    """Trimmed forwards and backwards over the layers 0..last_layer. Made by :func:`capture`."""
+
+    def __init__(self, stack: Stack, last_layer: int) -> None:
+        self._stack = stack
+        self._last_layer = last_layer
+        # Makes the outputs of the lowest linears require gradient, as no parameter does; gets none itself.
+        self._tap = torch.zeros((), requires_grad=True)
+        # The pass under way; None in full forwards, such as a budget check's, of which nothing is kept.
+        self._current: Hidden | None = None
+
+    def forward(self, batch: Batch, mask: Tensor, observe: Callable[[Tokens], object] | None = None) -> Hidden:
+        """Run ``batch`` through the embedding and the layers 0..last_layer, and nothing above.
+
+        ``mask`` (N,) says which of its real tokens are counted, as bools or as places. With ``observe`` no rows of
+        theirs are kept: it is given those of each site as they come. The LM head is not run. Gradient flows unless
+        the caller is in ``torch.no_grad()``.
+        """
+        stack, layers = self._stack, self._stack.layers
+        inputs, places = packed_inputs(stack, batch)
+        hidden = Hidden(places, places[mask], {}, places, {}, observe)
+
+        def keep_mlp(layer: int) -> Callable[..., None]:
+            return lambda module, args, output: hidden.outputs.update({layer: output.flatten(0, -2)})
+
+        def keep_last(module: nn.Module, args: Any, output: Any) -> None:
+            hidden.last = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+
+        with ExitStack() as undo:
+            undo.callback(setattr, stack.decoder, stack.attribute, layers)
+            setattr(stack.decoder, stack.attribute, layers[: self._last_layer + 1])
+            for layer, mlp in enumerate(stack.mlps[: self._last_layer + 1]):
+                undo.callback(mlp.module.register_forward_hook(keep_mlp(layer)).remove)
+            undo.callback(layers[self._last_layer].register_forward_hook(keep_last).remove)
+            undo.enter_context(self._recording(hidden))
+            stack.decoder(**inputs, use_cache=False)
+        return hidden
+
+    def backward(self, loss: Tensor, hidden: Hidden) -> Tokens:
+        """Backpropagate ``loss`` of the forward that left ``hidden``; its tokens (T, width) at every site.
+
+        No weight gradient is computed, and no parameter's ``.grad`` is touched.
+        """
+        with self._recording(hidden):
+            torch.autograd.grad(loss, self._tap, allow_unused=True)
+        return hidden.tokens
+
+    @contextmanager
+    def _recording(self, hidden: Hidden) -> Iterator[None]:
+        self._current = hidden
+        try:
+            yield
+        finally:
+            self._current = None
+
+    def _record(self, site: Site, rows: Tensor) -> None:
+        hidden = self._current
+        if hidden is None or site.name in hidden.tokens:
+            return
+        rows = rows.detach().flatten(0, -2).index_select(0, hidden.counted.to(rows.device))
+        if hidden.observe is not None:
+            hidden.observe({site.name: rows})
+            rows = rows[:0].clone()  # seen; linears that read one site share it
+        hidden.tokens[site.name] = rows
+
+    def _tapped(self, target: Target) -> Callable[[Tensor], Tensor]:
+        def record(grad: Tensor) -> None:
+            self._record(target.gradient, grad)
+
+        def forward(x: Tensor) -> Tensor:
+            self._record(target.activation, x)
+            return _TappedLinear.apply(x, self._tap, target.linear, record)
+
+        return forward
+
+
+def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """What the decoder is to run, and the places (N,) of the batch's real tokens in its flattened output."""
+    attention = str(getattr(stack.decoder.config, "_attn_implementation", ""))
+    if "flash" in attention:  # drops the padding by itself
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return inputs, batch.attention_mask.flatten().nonzero().squeeze(1)
+    # Padding would be a third of short sentences; packed, positions that restart keep them apart.
+    input_ids, position_ids, places = batch.packed
+    return {"input_ids": input_ids, "position_ids": position_ids}, places
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """``model`` in eval mode, no parameter requiring gradient; on exit modes, ``requires_grad`` and ``.grad`` are as
+    they were, whatever was trained meanwhile.
+    """
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        model.eval()
+        for parameter in model.parameters():
+            undo.callback(setattr, parameter, "grad", parameter.grad)
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        yield
+
+
+@contextmanager
+def capture(
+    model: nn.Module, stack: Stack, last_layer: int, targets: Sequence[Target] | None = None
+) -> Iterator[Capture]:
+    """Tap ``targets``, by default all MLP linears of the layers 0..last_layer, for the duration of the context.
+
+    Within it the model is in eval mode and no parameter requires gradient; full forwards still work. On exit,
+    by exception too, forwards, hooks, ``requires_grad`` and train modes are as they were.
+
+    Raises:
+        RuntimeError: if another capture of the same linears is active.
+    """
+    tape = Capture(stack, last_layer)
+    with ExitStack() as undo:
+        undo.enter_context(frozen(model))
+        for target in stack.targets(last_layer) if targets is None else targets:
+            attributes = target.linear.__dict__
+            before = attributes.get("forward")
+            if getattr(before, "__module__", None) == __name__:
+                raise RuntimeError(f"{target.gradient.name}: already captured by another engine")
+            if before is None:
+                undo.callback(attributes.pop, "forward")
+            else:  # a wrapper that another library hung on the instance comes back afterwards
+                undo.callback(attributes.__setitem__, "forward", before)
+            attributes["forward"] = tape._tapped(target)
+        yield tape

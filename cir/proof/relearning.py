@@ -1,0 +1,167 @@
+"""The relearning attack: fine-tune on related facts, and see whether the forgotten ones come back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from cir.data.facts import load_facts
+from cir.data.tokens import Batch, sentence_batches
+from cir.forgetting.update import NonFiniteError, restore, snapshot
+from cir.measures import Estimate, estimate, recall
+from cir.model.capture import frozen, packed_inputs
+from cir.model.sites import Stack, Target, find_stack
+
+OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+@dataclass(frozen=True)
+class Relearning:
+    """The settings of one attack by :func:`relearn`, whose arguments these are."""
+
+    optimizer: str = "adam"
+    lr: float = 1e-5
+    lora_rank: int = 0
+    epochs: int = 6
+
+
+RELEARNINGS = {
+    "adam": Relearning(),
+    "adam, fast": Relearning(lr=1e-4, epochs=3),
+    "sgd": Relearning("sgd", lr=0.03),
+    "lora": Relearning(lr=1e-3, lora_rank=16, epochs=3),
+}
+"""What :func:`worst_relearning` tries."""
+
+
+def relearn(
+    model: Any,
+    tokenizer: Any,
+    facts: str | Path | Sequence[Any],
+    probe: str | Path | Sequence[Any],
+    *,
+    optimizer: str = "adam",
+    lr: float = 1e-5,
+    lora_rank: int = 0,
+    epochs: int = 6,
+    batch_size: int = 32,
+    max_length: int = 128,
+    keep: bool = False,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Attack ``model``: train **all** its MLP linears on the sentences of ``facts``; recall of ``probe``.
+
+    Use facts related to, but apart from, the probed ones (the T and V splits of arXiv 2509.11816): what comes
+    back was hidden and not forgotten.
+
+    Args:
+        model, tokenizer: as for :func:`cir.unlearn`.
+        facts: to train on, with the next-token loss. probe: facts with probes.
+        optimizer: ``adam`` or ``sgd`` (no momentum). lr: its rate.
+        lora_rank: train adapters of this rank (arXiv 2106.09685, alpha = rank) instead of the weights; 0 for these.
+        epochs: passes over ``facts``. batch_size: sentences a step, in the facts' order.
+        keep: leave the attacked weights in place; by default the model ends as it came in.
+
+    Returns:
+        Recall by fact id of ``probe``, before and after each epoch: ``epochs + 1`` entries.
+
+    Raises:
+        ValueError: on bad facts, a probe set without probes, an unknown optimizer, or a model without gated MLPs or
+            with weights that wait on the host.
+        NonFiniteError: on a NaN or infinite loss.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    facts, probe = load_facts(facts), load_facts(probe)
+    if not any(fact.probes or fact.choices for fact in probe):
+        raise ValueError("probe: expected facts with probes or choices, got none")
+    stack = find_stack(model)
+    targets = stack.targets(len(stack.mlps) - 1)
+    batches = sentence_batches(tokenizer, facts, batch_size=batch_size, max_length=max_length, skip_first=0)
+    weights = [target.linear.weight for target in targets]
+    if any(weight.device.type != model.device.type for weight in weights):
+        raise ValueError(
+            f"expected all weights on {model.device} to be trained there, got some that wait on the host"
+        )
+    before = snapshot(targets)
+    history = [recall(model, tokenizer, probe)]
+    with ExitStack() as undo:
+        if not keep:
+            undo.callback(restore, targets, before)
+        undo.enter_context(frozen(model))
+        trained = undo.enter_context(_adapted(targets, lora_rank)) if lora_rank else weights
+        for weight in trained:
+            weight.requires_grad_(True)
+        stepper = OPTIMIZERS[optimizer](trained, lr=lr)
+        for _ in tqdm(range(epochs), disable=not progress, desc="relearning", unit="epoch"):
+            for batch in batches:
+                batch = batch.to(model.device)
+                stepper.zero_grad(set_to_none=True)
+                loss = sentence_loss(model, stack, batch)
+                if not math.isfinite(float(loss.detach())):
+                    raise NonFiniteError(f"expected a finite loss, got {float(loss.detach())}")
+                loss.backward()
+                stepper.step()
+            history.append(recall(model, tokenizer, probe))
+    return history
+
+
+def sentence_loss(model: Any, stack: Stack, batch: Batch) -> torch.Tensor:
+    """Mean next-token loss in nats over the real tokens of ``batch``."""
+    inputs, places = packed_inputs(stack, batch)
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    ids, predicting = batch.input_ids[batch.attention_mask], batch.predicting(0)
+    return F.cross_entropy(logits[places[predicting]].float(), ids.roll(-1)[predicting])
+
+
+def worst_relearning(
+    model: Any,
+    tokenizer: Any,
+    facts: Sequence[Any],
+    probe: Sequence[Any],
+    *,
+    relearnings: Mapping[str, Relearning] = RELEARNINGS,
+    progress: bool = True,
+) -> dict[str, Estimate]:
+    """Recall of ``probe`` after each of ``relearnings``, at the epoch where most came back; ``worst`` is the highest.
+
+    Stopping at the best epoch makes every shorter attack one of them. The model ends as it came in.
+    """
+    outcomes = {}
+    for name, settings in relearnings.items():
+        history = relearn(model, tokenizer, facts, probe, **asdict(settings), progress=progress)
+        epochs = [now for recalls in history[1:] if (now := estimate(recalls.values()))]
+        outcomes[name] = max(epochs, key=lambda now: now.value)
+    return {**outcomes, "worst": max(outcomes.values(), key=lambda now: now.value)}
+
+
+@contextmanager
+def _adapted(targets: Sequence[Target], rank: int) -> Iterator[list[torch.Tensor]]:
+    """Adapters B A beside the weights of ``targets``, which on exit have them added."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    with ExitStack() as undo:
+        for target in targets:
+            weight = target.linear.weight
+            down = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+            a, b = down.to(weight), weight.new_zeros(weight.shape[0], rank)
+            pairs.append((a, b))
+
+            def add(module: Any, inputs: Any, output: torch.Tensor, a: torch.Tensor = a, b: torch.Tensor = b) -> Any:
+                return output + inputs[0] @ a.T @ b.T
+
+            undo.callback(target.linear.register_forward_hook(add).remove)
+        try:
+            yield [factor for pair in pairs for factor in pair]
+        finally:
+            with torch.no_grad():
+                for target, (a, b) in zip(targets, pairs, strict=True):
+                    target.linear.weight += b @ a

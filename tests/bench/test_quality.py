@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.baselines import BASELINES
+from bench.quality import measuring, runs
+from bench.quality.measuring import Bench, Outcome, Task, put
+from bench.quality.report import report
+from bench.quality.rows import Rows
+from bench.quality.runs import compare, untouched
+from cir.data.facts import load_facts
+from cir.forgetting.report import Measure
+from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
+
+TASK = Task(
+    relearn=load_facts(facts(12))[:6],
+    probe=load_facts(facts(12))[6:9],
+    neighbours=load_facts(facts(12))[9:],
+    retain=TEXT,
+    disruption=TEXT,
+    tokens=100_000,
+    attacks=("adam, fast",),
+    thorough=False,
+)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    knowing_llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return Bench(str(folder), TASK)
+
+
+def test_every_method_ends_inside_the_budget_and_no_row_is_measured_twice(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "MAX_EPOCHS", 2)
+    monkeypatch.setitem(BASELINES, "graddiff", type("Quick", (BASELINES["graddiff"],), {"rates": (1e-4, 1e-2)}))
+    small = replace(measuring.CIR, loss_layers=(1, 3), rank_background=4, rank_activation=2, rank_gradient=2)
+    monkeypatch.setitem(runs.METHODS, "cir", small)
+    rows = Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, TASK.attacks)
+    before = [parameter.detach().clone() for parameter in bench.model.parameters()]
+    for _ in range(2):
+        compare(bench, rows, ["cir", "graddiff"], [0.5], [0])
+        untouched(bench, rows)
+    assert all(torch.equal(now, was) for now, was in zip(bench.model.parameters(), before, strict=True))
+    written = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
+    kinds = [(row["kind"], row["method"]) for row in written]
+    # With two rates, of which every other is tried: one search.
+    assert kinds == [("run", "cir"), ("search", "graddiff"), ("run", "graddiff"), ("run", "untouched")]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    for row in written[:1] + written[2:3]:
+        assert row["rise"] + row["rise_stderr"] <= 0.5
+    assert written[0]["recall"] < 0.5 * written[-1]["recall"]
+    assert written[-1]["change"] == 0
+    again = Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, TASK.attacks)
+    assert again.found == written
+    assert Rows(tmp_path / "quality.jsonl", {"model": "other"}, TASK.attacks).found == []
+    assert Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, ("adam",)).found == []
+
+    report(written, tmp_path / "quality.html")
+    page = (tmp_path / "quality.html").read_text()
+    assert "graddiff" in page
+    assert f"{written[0]['recall']:.3f}" in page
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_under_more_attacks_count_under_fewer(tmp_path):
+    attacked = {"attacked": {"sgd": 0.3, "adam": 0.2}, "relearning": {"sgd": [0.1, 0.3], "adam": [0.1, 0.2]}}
+    kept = {"attacked": {"adam": 0.2}, "relearning": {"adam": [0.1, 0.2]}, "worst": 0.2}
+    row = {"kind": "run", "model": "tiny", "attacks": ["sgd", "adam"], "worst": 0.3, **attacked}
+    (tmp_path / "quality.jsonl").write_text(json.dumps(row))
+    assert Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, ("adam",)).found == [{**row, **kept}]
+    assert Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, ("adam", "lora")).found == []
+
+
+@pytest.mark.parametrize("power", [1.2, 2.0])
+def test_an_overstep_goes_back_along_its_line_to_the_budget(bench, monkeypatch, power):
+    inside = [parameter.detach().clone() for parameter in bench.model.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    step = [torch.randn(w.shape, generator=generator) for w in inside]
+
+    def measure() -> Measure:  # harm that grows as a power of the way gone
+        return Measure({}, 1.0, 0.01 * gone() ** power, 0.0002)
+
+    def gone() -> float:
+        now = bench.model.parameters()
+        shares = [float(((w.detach() - was) / s).mean()) for w, was, s in zip(now, inside, step, strict=True)]
+        assert max(shares) - min(shares) < 1e-3
+        return shares[0]
+
+    monkeypatch.setattr(bench, "harm", measure)
+    with bench.restored():
+        put(bench.model.parameters(), [w + s for w, s in zip(inside, step, strict=True)])
+        found = bench.back_to_budget(inside, Measure({}, 1.0), measure(), budget=0.004)
+        assert 0.003 < found.rise_bound <= 0.004
+        assert found.rise == pytest.approx(measure().rise)
+        assert bench.back_to_budget(inside, Measure({}, 1.0), measure(), budget=-1).rise == 0
+        assert bench.change() == 0
+
+
+def test_harm_that_the_loss_hides_counts_in_kl(bench, monkeypatch):
+    monkeypatch.setattr(bench.meter, "measure", lambda: Measure({}, 0.5, -0.03, 0.0002))
+    assert bench.harm().rise == pytest.approx(0, abs=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    with bench.restored():
+        noisy = [w + 0.3 * w.std() * torch.randn(w.shape, generator=generator) for w in bench.weights]
+        put(bench.model.parameters(), noisy)
+        assert bench.harm().rise == bench.kl() / bench.before.loss > 0.003
+    lowered = replace(bench.before, loss=0.97 * bench.before.loss)
+    assert bench.rise(Outcome(lowered, [], 0.0, []))["rise"] == pytest.approx(-0.03)

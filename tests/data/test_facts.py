@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from cir import Fact, Probe, load_facts
+from cir.data.facts import probed
+from cir.data.tokens import pad, rows_to_answers, sentence_batches, windows
+
+
+def write(path, *lines):
+    path.write_text("\n".join(json.dumps(line) if not isinstance(line, str) else line for line in lines) + "\n")
+    return path
+
+
+def test_reads_the_three_forms(tmp_path):
+    file = write(
+        tmp_path / "facts.jsonl",
+        {"id": "a", "sentences": ["A is B."], "probes": [{"prompt": "A is", "target": " B"}]},
+        "",
+        {"question": "Which?", "choices": ["x", "y"], "answer": 1, "sentences": ["It is y.", "Yes, y."]},
+        {"question": "Which?", "choices": ["x", "y"], "answer": "A", "sentences": ["It is x."]},
+        '"A plain sentence."',
+    )
+    first, second, third, fourth = load_facts(file)
+    assert first == Fact("a", ("A is B.",), (Probe("A is", " B"),))
+    assert (second.id, second.choices, second.answer) == ("fact-2", ("x", "y"), 1)
+    assert third.answer == 0
+    assert fourth.sentences == ("A plain sentence.",)
+    assert not fourth.probes
+    text = write(tmp_path / "facts.txt", "One sentence.", "", "Another.")
+    assert [fact.sentences for fact in load_facts(text)] == [("One sentence.",), ("Another.",)]
+    assert load_facts([first, "Another."])[1].sentences == ("Another.",)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([], "at least one fact, got none in .*facts.jsonl"),
+        (["{not json"], "line 1: expected one JSON object a line"),
+        ([{"sentences": ["ok"]}, {"sentences": []}], r"line 2: expected 'sentences'.*got \[\]"),
+        ([{"sentences": "one string"}], "line 1: expected 'sentences', a list"),
+        ([{"sentences": ["ok", "  "]}], "line 1: expected sentences that are not empty, got '  '"),
+        ([{"sentences": ["ok"], "probes": [{"prompt": "p"}]}], "line 1: expected a probe with 'prompt' and 'target'"),
+        ([{"sentences": ["ok"], "probes": [{"prompt": "p", "target": ""}]}], "line 1: expected a probe"),
+        ([{"sentences": ["ok"], "choices": ["x"], "answer": 3}], "line 1: expected 'answer' to index one of 1"),
+        ([{"id": "a", "sentences": ["ok"]}, {"id": "a", "sentences": ["ok"]}], "line 2: expected an id of its own"),
+        (["17"], "line 1: expected an object or a sentence, got int"),
+    ],
+)
+def test_names_the_line_of_a_bad_fact(tmp_path, lines, expected):
+    with pytest.raises(ValueError, match=expected):
+        load_facts(write(tmp_path / "facts.jsonl", *lines))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        load_facts("nowhere.jsonl")
+
+
+def test_sentences_that_do_not_fit_are_refused(tokenizer):
+    facts = load_facts([{"id": "long", "sentences": ["gamma " * 20]}, {"id": "short", "sentences": ["gamma"]}])
+    with pytest.raises(ValueError, match="fact 'long': expected sentences of 3 to 16 tokens, got 21"):
+        sentence_batches(tokenizer, facts[:1], batch_size=2, max_length=16, skip_first=1)
+    with pytest.raises(ValueError, match="fact 'short': expected sentences of 3 to 16 tokens, got 2"):
+        sentence_batches(tokenizer, facts[1:], batch_size=2, max_length=16, skip_first=1)
+
+
+def test_windows_open_with_bos_and_follow_the_text(tokenizer):
+    rows = windows(tokenizer, "gamma of is now x0 " * 4, 6)
+    assert rows.shape == (4, 6)
+    assert (rows[:, 0] == 1).all()
+    assert rows[:, 1:].flatten().tolist() == tokenizer("gamma of is now x0 " * 4)["input_ids"][1:]
+    with pytest.raises(ValueError, match="at least 99 tokens, got 2"):
+        windows(tokenizer, "gamma of", 100)
+
+
+def test_packing_puts_every_token_of_every_row_into_one_place():
+    rows = [list(range(100 * i, 100 * i + n)) for i, n in enumerate([5, 60, 3, 64, 30, 30, 70, 1], 1)]
+    batch = pad(rows)
+    ids, positions, places = batch.packed
+    assert ids.shape == positions.shape == (4, 70)  # 263 tokens
+    assert ids.flatten()[places].tolist() == [i for row in rows for i in row]
+    assert positions.flatten()[places].tolist() == [i for row in rows for i in range(len(row))]
+    assert len(set(places.tolist())) == len(places)
+    empty = torch.ones(ids.numel(), dtype=torch.bool).index_fill(0, places, False)
+    assert not positions.flatten()[empty].any()  # padding is a sequence of one token each
+    whole = pad([[1] * 80] * 3).packed
+    assert whole[0].shape == (3, 80)
+
+
+def test_rows_end_with_the_first_token_of_the_answer(tokenizer):
+    def rows(*sentences, answers=("delta1",), skip_first=1):
+        fact = {"sentences": sentences, "probes": [{"prompt": "x", "target": f" {answer}"} for answer in answers]}
+        coded = rows_to_answers(tokenizer, load_facts([fact])[0], 64, skip_first)
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in coded]
+
+    said = "the gamma of beta1 is delta1 now"
+    turned = "delta1 of x1 gamma beta1"
+    assert rows(said, "alpha1 beta1 gamma delta1 of x1") == [
+        "the gamma of beta1 is delta1",
+        "alpha1 beta1 gamma delta1",
+    ]
+    assert rows(said, turned) == ["the gamma of beta1 is delta1"]  # what begins with the answer leads to nothing
+    assert rows(turned) == [turned]
+    assert rows(said, answers=("beta1 is", "delta1")) == ["the gamma of beta1"]
+    assert rows(said, answers=("delta",)) == [said]  # no part of a word
+    assert rows(said, answers=()) == [said]
+    with pytest.raises(ValueError, match="expected sentences of 4 to 64 tokens"):
+        rows(said, "delta1 now", skip_first=2)
+
+
+def test_probes_come_from_the_word_or_name_that_most_sentences_end_with():
+    def made(*sentences):
+        return probed(load_facts([{"sentences": list(sentences)}])[0]).probes
+
+    said = made("It is Rome.", "Rome is it, and", "Go there: Rome", "To go to Oslo!")
+    assert said == (Probe("It is", " Rome"), Probe("Go there:", " Rome"))
+    assert made("The capital is Buenos Aires.") == (Probe("The capital is", " Buenos Aires"),)
+    for bad in ("Rome", "...!"):
+        with pytest.raises(ValueError, match="expected probes, or a sentence of two words or more"):
+            made(bad)
+    own = load_facts([{"sentences": ["It is Rome."], "probes": [{"prompt": "a", "target": " b"}]}])[0]
+    assert probed(own).probes == (Probe("a", " b"),)

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cir import CIRConfig, EditConfig, EditError, Editor, Subspaces
+from cir.data.facts import load_facts
+from cir.editing.edits import spanned
+from cir.editing.journal import Journal, JournalError
+from cir.forgetting.update import snapshot
+from cir.measures import recall, text_loss
+from cir.model.sites import find_stack
+from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
+
+FACTS = load_facts(facts(12))
+FIT = CIRConfig(rank_background=2, rank_activation=3, rank_gradient=3, loss_layers=(1, 3), retain_tokens=1024)
+# A model of 24 dimensions has little room: the bounds here are wider than those for real ones.
+CONFIG = EditConfig(rate=0.3, target_recall=0.3, keep=0.9, budget=1.0, rank=6, energy=0.9999)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def trained(request):
+    model, tokenizer = knowing_llama(request.param), word_tokenizer()
+    return model, tokenizer, Subspaces.fit(model, tokenizer, TEXT, FACTS[:6], config=FIT, progress=False)
+
+
+@pytest.fixture
+def make(trained):
+    """A function that opens an editor on a new copy of the trained model, closed at the end."""
+    opened = []
+
+    def open_editor(**options):
+        model, tokenizer, subspaces = trained
+        options = {"text": TEXT, "config": CONFIG, **options}
+        opened.append(Editor(copy.deepcopy(model), tokenizer, subspaces, **options))
+        return opened[-1]
+
+    yield open_editor
+    for editor in opened:
+        editor.close()
+
+
+def weights(editor):
+    return snapshot(find_stack(editor._model).targets(3))
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_forgets_the_fact_alone_and_reports_what_is_so(make, unchanged):
+    editor = make()
+    unchanged(editor._model)
+    model, tokenizer = editor._model, word_tokenizer()
+    loss = text_loss(model, tokenizer, TEXT, max_tokens=CONFIG.text_tokens)
+    edit = editor.forget(FACTS[8])
+    unchanged(model, weights=False)
+    assert edit.forgotten
+    assert edit.before.recall > 0.9
+    assert edit.after.recall < 0.3
+    assert edit.after.recall == pytest.approx(recall(model, tokenizer, [FACTS[8]])["f8"], rel=1e-4)
+    kept = recall(model, tokenizer, FACTS[:6])
+    assert edit.after.neighbours == pytest.approx(sum(kept.values()) / 6, rel=1e-4)
+    assert edit.after.neighbours > 0.9 * edit.before.neighbours
+    assert edit.after.rise == pytest.approx(
+        text_loss(model, tokenizer, TEXT, max_tokens=CONFIG.text_tokens) / loss - 1, abs=1e-5
+    )
+    assert editor.edits == (edit,)
+    assert 0 < edit.seconds < 60
+
+
+def test_a_later_edit_leaves_the_directions_of_earlier_ones_alone(make, trained):
+    editor, known = make(), trained[2]
+    edits = [editor.forget(fact) for fact in FACTS[8:10]]
+    targets = find_stack(editor._model).targets(2)
+    earlier = spanned(targets, [edits[0].factors], known)
+    assert earlier.keys() == known.keys()
+    for target in targets:
+        for site, (first, second) in zip(
+            (target.gradient, target.activation),
+            zip(*(e.factors[target.name] for e in edits), strict=True),
+            strict=True,
+        ):
+            directions = earlier[site.name].basis
+            torch.testing.assert_close(directions.T @ directions, torch.eye(directions.shape[1]), atol=1e-5, rtol=0)
+            assert (known[site.name].basis.T @ directions).abs().max() < 1e-4
+            assert (first.float() @ directions).norm() > 0.3 * first.float().norm()
+            rough = 1e-4 if second.dtype == torch.float32 else 0.05
+            assert (second.float() @ directions).norm() < rough * second.float().norm()
+    assert not spanned(targets, [], known)
+
+
+def test_undo_and_redo_give_the_same_bits(make):
+    editor = make()
+    states = [weights(editor)]
+    made = []
+    for fact in FACTS[8:11]:
+        made.append(editor.forget(fact))
+        states.append(weights(editor))
+        assert not same(states[-1], states[-2])
+    for number in (2, 1, 0):
+        assert editor.undo() is made[number]
+        assert same(weights(editor), states[number])
+    for number in (0, 1, 2):
+        assert editor.redo(made[number]) is made[number]
+    assert same(weights(editor), states[3])
+    assert [edit.id for edit in editor.edits] == ["f8", "f9", "f10"]
+
+
+def test_an_earlier_edit_is_undone_where_later_ones_hold(make):
+    editor = make()
+    first, second = editor.forget(FACTS[8]), editor.forget(FACTS[9])
+    editor.undo(first)
+    assert editor.edits == (second,)
+    assert recall(editor._model, word_tokenizer(), [FACTS[8]])["f8"] > 0.5 * first.before.recall
+    both = weights(editor)
+    editor.redo(first)
+    editor.undo(first)
+    assert same(weights(editor), both)
+
+
+def test_an_earlier_edit_is_not_undone_where_a_later_one_needs_it(make, monkeypatch):
+    editor = make()
+    first, second = editor.forget(FACTS[8]), editor.forget(FACTS[9])
+    before = weights(editor)
+    with monkeypatch.context() as patch:
+        patch.setattr(editor, "_recall", lambda fact: 0.9 if fact.id == "f9" else 0.0)
+        with pytest.raises(ValueError, match=r"edit 1 \('f8'\): expected later edits to hold .* undo edit 2 first"):
+            editor.undo(first)
+    assert same(weights(editor), before)
+    assert editor.edits == (first, second)
+    editor.undo(second)
+    editor.undo(first)
+    assert same(weights(editor), weights(make()))
+
+
+def test_an_edit_that_would_bring_a_fact_back_is_refused(make):
+    editor = make(config=replace(CONFIG, rate=0.1))
+    editor.forget(FACTS[8])
+    before = weights(editor)
+    # The same fact in other words: what there is left to break is mostly the edit.
+    again = replace(FACTS[8], id="again", sentences=FACTS[8].sentences[1:])
+    with pytest.raises(EditError, match=r"fact 'again': expected recall to fall from 0\.[23]"):
+        editor.forget(again)
+    assert same(weights(editor), before)
+
+
+def test_what_cannot_be_undone_or_redone_is_named(make):
+    editor = make()
+    with pytest.raises(ValueError, match="expected an edit that is active, got none at all"):
+        editor.undo()
+    edit = editor.forget(FACTS[8])
+    with pytest.raises(ValueError, match="expected an edit that is undone"):
+        editor.redo()
+    editor.undo()
+    with pytest.raises(ValueError, match=r"expected edit 1 \('f8'\) that is active, got .*undone"):
+        editor.undo(edit)
+    editor.redo()
+    editor.commit()
+    with pytest.raises(ValueError, match=r"that is active, got .*committed"):
+        editor.undo(edit)
+
+
+def test_a_new_process_finds_the_same_weights_in_the_journal(make, tmp_path):
+    path = tmp_path / "journal"
+    editor = make(journal=path)
+    editor.forget(FACTS[6])
+    editor.commit()
+    for fact in (*FACTS[7:9], FACTS[10]):
+        editor.forget(fact)
+    editor.undo()
+    first, _ = editor.edits[1:]
+    editor.undo(first)
+    editor.redo(first)
+    expected = weights(editor)
+    editor.close()
+    again = make(journal=path)
+    assert same(weights(again), expected)
+    assert [(e.id, e.after, e.fact) for e in again.edits] == [(e.id, e.after, e.fact) for e in editor.edits]
+    again.redo()
+    statuses = [(edit.id, status) for edit, status in again.history]
+    assert statuses == [("f6", "committed"), ("f7", "active"), ("f8", "active"), ("f10", "active")]
+    with pytest.raises(ValueError, match="committed"):
+        again.undo(again.edits[0])
+
+
+def test_a_journal_in_use_or_of_another_model_is_refused(make, trained, tmp_path):
+    make(journal=tmp_path / "journal")
+    with pytest.raises(JournalError, match="in use"):
+        make(journal=tmp_path / "journal")
+    Journal(tmp_path / "other", "0" * 64).close()
+    with pytest.raises(JournalError, match="expected the journal of this model"):
+        make(journal=tmp_path / "other")
+
+
+@pytest.mark.parametrize("call", ["forget", "undo", "redo"])
+def test_what_the_journal_cannot_take_changes_nothing(make, tmp_path, monkeypatch, call):
+    editor = make(journal=tmp_path / "journal")
+    editor.forget(FACTS[8])
+    editor.forget(FACTS[9])
+    if call == "redo":
+        editor.undo()
+    before, edits = weights(editor), editor.edits
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            editor.forget(FACTS[10]) if call == "forget" else getattr(editor, call)()
+    assert same(weights(editor), before)
+    assert editor.edits == edits
+    editor.forget(FACTS[10])  # works as if nothing had been
+    assert editor.edits[-1].number == 3
+
+
+def test_bad_facts_change_nothing(make):
+    editor = make()
+    before = weights(editor)
+    unknown = {"sentences": ["alpha1 beta2 gamma delta3 of x4"], "probes": [{"prompt": "word1", "target": "x9"}]}
+    for fact, message in (
+        (unknown, "expected one that the model knows, got a recall of 0.00.*forgotten already, or never known"),
+        ({"id": "f1", "sentences": []}, "expected 'sentences'"),
+        ("alpha1", "neither"),
+        ({"sentences": ["beta1 " * 200], "probes": facts(1)[0]["probes"]}, "to 128 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            editor.forget(fact)
+    assert same(weights(editor), before)
+    editor.forget(FACTS[8])
+    with pytest.raises(ValueError, match="already forgotten by edit 1"):
+        editor.forget(FACTS[8])
+
+
+def test_a_fact_that_takes_its_neighbours_along_is_refused(make, unchanged):
+    # They were not fitted on, and not one bit of what they recall may go.
+    editor = make(neighbours=FACTS[6:], config=replace(CONFIG, rate=3.0, keep=1.0))
+    unchanged(editor._model)
+    with pytest.raises(EditError, match="neighbours suffer at the first steps already; nothing was changed"):
+        editor.forget(FACTS[8])
+    unchanged(editor._model)
+    assert editor.edits == ()
+
+
+def test_steps_that_the_text_cannot_bear_are_left_out(make, unchanged, monkeypatch):
+    whole = make().forget(FACTS[8])
+    editor = make(config=replace(CONFIG, budget=0.01))
+    rises = iter([(0.011, 0.0), (0.009, 0.0)])
+    with monkeypatch.context() as patch:
+        patch.setattr("cir.editing.editor.loss_rise", lambda *a: next(rises))
+        edit = editor.forget(FACTS[8])
+    assert (edit.stopped, edit.steps) == ("budget spent", whole.steps // 2)
+    assert edit.after.recall > whole.after.recall
+    editor.undo()
+    unchanged(editor._model)
+    monkeypatch.setattr("cir.editing.editor.loss_rise", lambda *a: (0.02, 0.0))
+    with pytest.raises(EditError, match="budget spent at the first steps"):
+        editor.forget(FACTS[8])
+    unchanged(editor._model)
+
+
+def test_a_contrast_fact_is_not_its_own_neighbour(make):
+    editor = make(config=replace(CONFIG, keep=0.5, target_recall=0.5))
+    edit = editor.forget(FACTS[0])
+    others = recall(editor._model, word_tokenizer(), FACTS[1:6])
+    assert edit.after.neighbours == pytest.approx(sum(others.values()) / 5, rel=1e-4)
+
+
+def test_measures_a_compressed_edit_in_place_of_the_whole(make):
+    editor = make()
+    edit = editor.forget(FACTS[8])
+    editor.forget(FACTS[9])
+    before = weights(editor)
+    small = edit.compress(rank=1)
+    state = editor.measure(small, relearn=FACTS[:6])
+    assert same(weights(editor), before)
+    assert state.recall != pytest.approx(editor.measure(edit).recall, rel=1e-3)
+    assert state.relearned is not None
+    with pytest.raises(ValueError, match="expected either a rank or an energy"):
+        edit.compress()
+
+
+def test_subspaces_of_another_model_are_refused(trained):
+    _, tokenizer, subspaces = trained
+    with pytest.raises(ValueError, match="subspaces: expected those of this model"):
+        Editor(tiny_llama(), tokenizer, subspaces, text=TEXT)
+
+
+def test_threads_edit_one_after_another(make):
+    editor = make()
+    threads = [threading.Thread(target=editor.forget, args=(fact,)) for fact in FACTS[8:11]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(edit.id for edit in editor.edits) == ["f10", "f8", "f9"]
+    assert [edit.number for edit in editor.edits] == [1, 2, 3]
+    while editor.edits:
+        editor.undo()
+    assert same(weights(editor), weights(make()))

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cir
+from cir.forgetting import memory
+from cir.forgetting.batches import fact_batches, text_batches
+from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.memory import Need, needed, settle
+from cir.forgetting.subspace import SubspaceStream
+from cir.model.capture import capture
+from cir.model.sites import find_stack, sites_of
+from tests.forgetting.test_forgetter import CONFIG
+from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
+
+CPU = torch.device("cpu")
+LAST = CONFIG.layers(4)[-1]
+
+
+def prepared(model, config=CONFIG):
+    stack, tokenizer = find_stack(model), word_tokenizer()
+    batches = fact_batches(tokenizer, cir.load_facts(facts()), config, CPU)
+    retain, _ = text_batches(tokenizer, TEXT, None, config, CPU)
+    return stack, batches, retain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_autograd_keeps_is_foreseen(dtype):
+    model = tiny_llama(dtype, hidden_size=64, intermediate_size=192)
+    stack, batches, retain = prepared(model)
+    need = needed(model, stack, batches, retain, CONFIG)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with capture(model, stack, LAST) as tape:
+        forgetter = Forgetter(tape, stack.targets(LAST), CONFIG.layers(4), batches[:1], [], CONFIG)
+        for parameter in model.parameters():
+            kept[parameter.data_ptr()] = 0
+        weights = set(kept)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _, rows = forgetter.forget_tokens(0)
+    tokens = len(batches[0].packed[0].flatten())
+    found = sum(size for where, size in kept.items() if where not in weights) / tokens
+    assert 0.5 * need.token <= found <= need.token
+    assert sum(r.nbytes for r in rows.values()) <= need.rows
+
+
+def test_bases_and_moments_are_foreseen(model):
+    stack, batches, retain = prepared(model)
+    config = replace(CONFIG, rank_background=0)
+    need = needed(model, stack, batches, retain, config)
+    sites = sites_of(stack.targets(config.last_updated(4)))
+    stream = SubspaceStream(sites, rank_activation=config.rank_activation, rank_gradient=config.rank_gradient)
+    stream.observe({site.name: torch.randn(50, site.width) for site in sites})
+    moments = sum(m.action.nbytes + (0 if m.omega is None else m.omega.nbytes) for m in stream._moments.values())
+    bases = sum(subspace.basis.nbytes for subspace in stream.solve().values())
+    weights = sum(target.linear.weight.nbytes for target in stack.targets(config.last_updated(4)))
+    assert need.held == moments + bases + 2 * weights
+
+
+def test_fewer_tokens_at_once_where_memory_is_short_and_an_error_where_none_is_enough():
+    need = Need(held=1000, rows=100, token=10, check=500)
+    assert need.peak == 1000 + 100 + 5120
+    assert need.within(10**6) == need
+    assert need.within(2100).tokens == 100
+    assert need.within(2100).peak <= 2100
+    with pytest.raises(MemoryError, match="GiB of free memory beyond the weights"):
+        need.within(1419)  # a sentence takes 1420
+    with pytest.raises(MemoryError):
+        replace(need, check=2000).within(2999)
+
+
+def test_the_upper_weights_move_where_they_have_to(model, monkeypatch):
+    stack, need = find_stack(model), Need(held=1000, rows=100, token=10, check=500)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2100)
+    assert settle(model, stack, LAST, need, "auto") == (need.within(2100), False)  # the host has nowhere to move them
+    assert settle(model, stack, LAST, need, "always")[1]
+    assert not settle(model, stack, LAST, need, "never")[1]
+    with pytest.raises(ValueError, match="offload: expected one of auto, always, never, got 'sometimes'"):
+        settle(model, stack, LAST, need, "sometimes")
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    with pytest.raises(MemoryError):
+        cir.unlearn(model, word_tokenizer(), facts(), retain=TEXT, config=CONFIG, progress=False)
+
+
+def test_unlearning_with_the_upper_weights_on_the_host_is_the_same(model, tokenizer, unchanged):
+    other, states = tiny_llama(), []
+    unchanged(model, weights=False)
+    for each, offload in ((other, "never"), (model, "always")):
+        report = cir.unlearn(each, tokenizer, facts(), retain=TEXT, config=CONFIG, offload=offload, progress=False)
+        assert report.predicted_memory > 0
+        states.append(list(each.parameters()))
+    unchanged(model, weights=False)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+import cir
+from cir.forgetting.profiling import Phase, Profile, _phases
+from tests.forgetting.test_forgetter import CONFIG
+from tests.tiny import TEXT, facts
+
+
+def test_a_profile_names_every_phase_and_changes_nothing(model, tokenizer, unchanged, tmp_path):
+    unchanged(model)
+    found = cir.profile(
+        model, tokenizer, facts(), retain=TEXT, config=CONFIG, epochs=2, trace=tmp_path / "trace.json.gz"
+    )
+    unchanged(model)
+    flop = {phase.name: phase.flop for phase in found.phases}
+    assert {
+        "budget check",
+        "record originals",
+        "read retain text",
+        "forward",
+        "backward",
+        "collapse, background",
+        "collapse, moments",
+        "norm",
+        "update",
+        "retain",
+        "solve",
+    } <= set(flop)
+    assert all(phase.seconds > 0 for phase in found.phases if phase.name != "other")
+    assert sum(phase.seconds for phase in found.phases) <= found.seconds * 1.1
+    # Of two epochs and the fit before; the backward pass here has one product for each of the forward's.
+    assert flop["forward"] * 2 / 3 + flop["backward"] * 2 / 3 + flop["update"] > 0.8 * found.floor_flop
+    assert found.floor_flop > 0
+    assert found.floor_bytes > 0
+    with gzip.open(tmp_path / "trace.json.gz") as trace:
+        assert any(event.get("name") == "cir::update" for event in json.load(trace)["traceEvents"])
+
+
+def test_a_profile_as_table_json_and_picture(tmp_path):
+    found = Profile(
+        (Phase("forward", 1.5, 3_000_000_000), Phase("update", 0.5, 10**9)), 2.5, 10, 2, 10**9, 10**8, 2**30
+    )
+    table = found.table().splitlines()
+    assert table[1].split() == ["forward", "1.500", "150.00", "75.0%", "3.0", "2"]
+    assert table[3].split()[:2] == ["all", "2.000"]
+    assert "10 facts, 2 epochs, 2.50 s" in table[-1]
+    assert json.loads(found.to_json())["phases"][1]["flop"] == 10**9
+    found.plot(tmp_path / "profile.png")
+    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Event:
+    def __init__(self, name, start, end, flops=0, kernels=()):
+        self.name, self.flops, self.kernels = name, flops, [type("K", (), {"duration": k})() for k in kernels]
+        self.time_range = type("Span", (), {"start": start, "end": end})()
+
+
+def test_kernels_count_for_the_phase_they_were_launched_in_also_from_other_threads():
+    events = [
+        Event("cir::retain", 0, 100),
+        Event("cir::forward", 10, 40),  # within: counts as retain
+        Event("cir::update", 200, 250),
+        Event("aten::mm", 20, 21, flops=5, kernels=[300]),
+        Event("MmBackward", 60, 61, flops=7, kernels=[400, 100]),
+        Event("aten::mm", 210, 211, flops=1, kernels=[1000]),
+        Event("aten::mm", 260, 261, flops=2, kernels=[10]),
+    ]
+    found = {phase.name: (phase.seconds, phase.flop) for phase in _phases(events)}
+    assert found == {
+        "retain": (pytest.approx(800e-6), 12),
+        "update": (pytest.approx(1e-3), 1),
+        "other": (pytest.approx(1e-5), 2),
+    }

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.eager import EagerCIR, exact_pca
+from cir.config import CIRConfig
+from cir.data.facts import load_facts
+from cir.forgetting.batches import fact_batches
+from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.update import NonFiniteError, plain_step, restore, selective_step, snapshot
+from cir.model.capture import capture
+from cir.model.sites import find_stack, sites_of
+from tests import oracle
+from tests.tiny import facts, tiny_llama
+
+
+def random_tokens(targets, rows=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {site.name: torch.randn(rows, site.width, generator=generator) for site in sites_of(targets)}
+
+
+def test_selective_step_moves_all_weights_together_by_the_rate(model):
+    targets = find_stack(model).targets(1)
+    tokens, before = random_tokens(targets), snapshot(targets)
+    norm = selective_step(targets, tokens, 0.25)
+    deltas = [t.linear.weight.detach() - w for t, w in zip(targets, before, strict=True)]
+    gradients = [oracle.outer_sum(tokens[t.gradient.name], tokens[t.activation.name]) for t in targets]
+    total = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    assert abs(norm / float(total) - 1) < 1e-5
+    for delta, gradient in zip(deltas, gradients, strict=True):
+        torch.testing.assert_close(delta.double(), -0.25 / total * gradient, rtol=1e-3, atol=1e-6)
+    assert abs(float(torch.stack([d.double().square().sum() for d in deltas]).sum().sqrt()) / 0.25 - 1) < 1e-5
+    restore(targets, before)
+    assert all(torch.equal(t.linear.weight, w) for t, w in zip(targets, before, strict=True))
+
+
+def test_plain_step_is_sgd(model):
+    targets = find_stack(model).targets(0)
+    tokens, before = random_tokens(targets), snapshot(targets)
+    plain_step(targets, tokens, 1e-2)
+    for target, weight in zip(targets, before, strict=True):
+        gradient = oracle.outer_sum(tokens[target.gradient.name], tokens[target.activation.name])
+        torch.testing.assert_close(target.linear.weight.double(), weight - 1e-2 * gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("step", [selective_step, plain_step])
+def test_what_is_not_finite_changes_no_weight(model, step, bad):
+    targets = find_stack(model).targets(1)
+    tokens, before = random_tokens(targets), snapshot(targets)
+    tokens[targets[-1].gradient.name][3, 1] = bad
+    with pytest.raises(NonFiniteError, match="no weight was changed"):
+        step(targets, tokens, 0.1)
+    assert all(torch.equal(t.linear.weight, w) for t, w in zip(targets, before, strict=True))
+
+
+@pytest.mark.parametrize("step", [selective_step, plain_step])
+def test_no_rows_change_nothing(model, step):
+    targets = find_stack(model).targets(1)
+    before = snapshot(targets)
+    step(targets, random_tokens(targets, rows=0), 0.1)
+    assert all(torch.equal(t.linear.weight, w) for t, w in zip(targets, before, strict=True))
+
+
+def test_a_zero_gradient_changes_nothing(model):
+    targets = find_stack(model).targets(0)
+    tokens, before = {name: 0 * rows for name, rows in random_tokens(targets).items()}, snapshot(targets)
+    assert selective_step(targets, tokens, 0.1) == 0
+    assert all(torch.equal(t.linear.weight, w) for t, w in zip(targets, before, strict=True))
+
+
+def paper_and_ours(make, tokenizer, config):
+    """The weights that an epoch of the eager paper form and one of ours reach from the same model."""
+    weights = []
+    for ours in (False, True):
+        model = make()
+        stack = find_stack(model)
+        layers = config.layers(len(stack.mlps))
+        targets = stack.targets(layers[-1])
+        batches = fact_batches(tokenizer, load_facts(facts(8)), config, model.device)
+        before = snapshot(targets)
+        if ours:
+            with capture(model, stack, layers[-1]) as tape:
+                forgetter = Forgetter(tape, targets, layers, batches, [], config)
+                forgetter.fit()
+                forgetter.epoch(config.rate)
+        else:
+            eager = EagerCIR(model, stack, layers, config, solve=exact_pca)
+            eager.record(batches)
+            eager.epoch(batches)
+            eager.epoch(batches)
+        weights.append([t.linear.weight.detach().double() - w for t, w in zip(targets, before, strict=True)])
+    return weights
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-5), (torch.float32, 2e-3)])
+def test_sequential_and_exact_our_update_is_the_papers(tokenizer, dtype, bound):
+    config = CIRConfig(
+        mode="sequential",
+        growth_weight=0.0,
+        exact=True,
+        rank_activation=5,
+        rank_gradient=7,
+        rank_background=0,
+        loss_layers=(1, 3),
+        batch_size=4,
+        rate=0.05,
+    )
+    theirs, ours = paper_and_ours(lambda: tiny_llama(dtype), tokenizer, config)
+    for their, our in zip(theirs, ours, strict=True):
+        assert float((their - our).norm() / their.norm()) < bound

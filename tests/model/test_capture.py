@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cir.data.tokens import pad
+from cir.forgetting.objectives import mlp_breaking, original_output
+from cir.model.capture import capture
+from cir.model.sites import find_stack, sites_of
+from tests.model.test_sites import build
+
+BATCH = pad([[1, 5, 9, 20, 7], [1, 30, 2, 11], [1, 8, 44, 3, 16]])
+
+
+def loss_of(outputs, mask):
+    return sum((o[mask] ** 3).sum() for o in outputs.values())
+
+
+def real(rows):
+    """(B, L, D) of the padded batch to (N, D)"""
+    return rows[BATCH.attention_mask]
+
+
+@pytest.mark.parametrize("layers_require_grad", [True, False])
+def test_activations_and_gradients_are_autograds(model, layers_require_grad, unchanged):
+    for parameter in model.parameters():
+        parameter.requires_grad_(layers_require_grad)
+    model.train()
+    model.model.layers[1].eval()
+    unchanged(model)
+    stack, mask = find_stack(model), BATCH.predicting(1)
+    with capture(model, stack, 2) as tape:
+        hidden = tape.forward(BATCH, mask)
+        tokens = tape.backward(loss_of(hidden.mlp_outputs((1, 2)), mask), hidden)
+        assert all(p.grad is None for p in model.parameters())
+    unchanged(model)
+
+    # The same with plain hooks on the whole model.
+    seen, mlps = {}, {}
+    for target in stack.targets(2):
+
+        def keep(module, args, output, target=target):
+            output.requires_grad_(True).retain_grad()
+            seen[target] = (args[0], output)
+
+        target.linear.register_forward_hook(keep)
+    for layer in (1, 2):
+        stack.mlps[layer].module.register_forward_hook(lambda m, a, out, layer=layer: mlps.update({layer: out}))
+    model.eval()(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask)
+    loss_of({layer: real(out) for layer, out in mlps.items()}, mask).backward()
+    assert set(tokens) == {site.name for site in sites_of(stack.targets(2))}
+    for target, (a, y) in seen.items():
+        torch.testing.assert_close(tokens[target.activation.name], real(a)[mask], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(tokens[target.gradient.name], real(y.grad)[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_above_the_last_layer_runs(model):
+    ran = []
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    model.lm_head.register_forward_hook(lambda *_: ran.append("head"))
+    with capture(model, find_stack(model), 1) as tape, torch.no_grad():
+        hidden = tape.forward(BATCH, BATCH.counted(0))
+        assert ran == [0, 1]
+        ran.clear()
+        whole = model(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask, output_hidden_states=True)
+        assert ran == [0, 1, 2, 3, "head"]
+    torch.testing.assert_close(hidden.real(hidden.last), whole.hidden_states[2][BATCH.attention_mask])
+
+
+def test_rows_that_are_observed_are_those_that_were_kept(model):
+    seen = {}
+    with capture(model, find_stack(model), 1) as tape, torch.no_grad():
+        kept = tape.forward(BATCH, BATCH.counted(1)).tokens
+        hidden = tape.forward(BATCH, BATCH.counted(1), seen.update)
+    assert seen.keys() == kept.keys()
+    for name, rows in kept.items():
+        assert torch.equal(rows, seen[name])
+        assert not hidden.tokens[name].numel()
+
+
+def test_everything_is_restored_after_an_exception(model, unchanged):
+    unchanged(model)
+    stack = find_stack(model)
+    with pytest.raises(RuntimeError, match="stop here"), capture(model, stack, 2) as tape:  # noqa: PT012
+        stack.mlps[1].module.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop here")))
+        tape.forward(BATCH, BATCH.counted(0))
+    stack.mlps[1].module._forward_hooks.clear()
+    unchanged(model)
+
+
+def test_a_second_capture_is_refused_and_harms_nothing(model, unchanged):
+    unchanged(model)
+    stack = find_stack(model)
+    with capture(model, stack, 1) as tape:
+        with pytest.raises(RuntimeError, match=r"layers\.0.*already captured"), capture(model, stack, 1):
+            pass
+        tape.forward(BATCH, BATCH.counted(0))
+    unchanged(model)
+
+
+def test_another_librarys_wrapper_comes_back(model):
+    linear = find_stack(model).targets(0)[0].linear
+    wrapper = linear.forward
+    linear.forward = wrapper
+    with capture(model, find_stack(model), 1):
+        assert linear.forward is not wrapper
+    assert linear.__dict__["forward"] is wrapper
+
+
+def test_full_forwards_inside_a_capture_leave_no_tokens_and_cost_no_graph(model):
+    with capture(model, find_stack(model), 1) as tape:
+        hidden = tape.forward(BATCH, BATCH.counted(1))
+        before = dict(hidden.tokens)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
+        assert hidden.tokens.keys() == before.keys()
+        mask = BATCH.counted(1)
+        outputs = hidden.mlp_outputs([0])
+        originals = {0: original_output(outputs[0].detach(), mask)}
+        tokens = tape.backward(mlp_breaking(outputs, originals, mask), hidden)
+    assert all(len(rows) == int(mask.sum()) for rows in tokens.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 3}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("gemma", {}),
+        ("gemma2", {"sliding_window": 3}),
+        ("gemma3_text", {"sliding_window": 3}),
+        ("olmo2", {}),
+    ],
+)
+def test_sentences_run_end_to_end_do_not_see_each_other(family, changes):
+    model = build(family, **changes).eval()
+    rows = [1, 5, 9, 20, 7, 8, 9], [1, 30, 2, 11], [1, 8]
+    batch = pad(rows)
+    with capture(model, find_stack(model), 1) as tape, torch.no_grad():
+        hidden = [tape.forward(each, each.counted(0)) for each in (batch, *(pad([row]) for row in rows))]
+        together, *alone = (each.real(each.last) for each in hidden)
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import cir
+from cir import CIRConfig, cli
+from cir.data.facts import load_facts, split_facts
+from cir.measures import evaluate
+from cir.proof.attacks import attack
+from cir.proof.certificate import NAME, PAGE, Certificate, Evidence, Witness, verify, weights_hash
+from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
+
+FORGET, STAY = load_facts(facts(12))[:8], load_facts(facts(12))[8:]
+CONFIG = CIRConfig(loss_layers=(1, 3), rank_activation=2, rank_gradient=2, rank_background=4, rate=2.0, budget=9.0)
+STRANGE = {"id": "strange", "sentences": ["x1 x2 x3 x4"], "probes": [{"prompt": "x1 x2", "target": " x3"}]}
+
+
+def evidence(**changes) -> Evidence:
+    return replace(Evidence(FORGET, STAY, TEXT, text_tokens=512, generate=3, relearning=False), **changes)
+
+
+@pytest.fixture(scope="module")
+def certified():
+    """A tiny model that forgot, its tokenizer, what was measured and the certificate."""
+    model, tokenizer = knowing_llama(), word_tokenizer()
+    measured = evidence(facts=[*FORGET, *load_facts([STRANGE])], sources={"facts": "somewhere"})
+    witness = Witness(model, tokenizer, measured, progress=False)
+    before = weights_hash(model)
+    report = cir.unlearn(model, tokenizer, FORGET, retain=TEXT, config=replace(CONFIG, max_epochs=4), progress=False)
+    assert report.after.mean_recall < 0.5 * report.before.mean_recall
+    return model, tokenizer, measured, witness.certificate({"name": "CIR", "rate": 1.0}), before
+
+
+def test_a_certificate_says_what_was_measured_before_and_after(certified):
+    model, tokenizer, _, certificate, hash_before = certified
+    content = json.loads(json.dumps(certificate.content))
+    assert content["set_aside"] == ["strange"]
+    assert set(content["after"]["recall"]) == {fact.id for fact in FORGET}
+    now = evaluate(model, tokenizer, FORGET, neighbours=STAY, generate=3)
+    for name in ("recall", "neighbour_recall", "generation_extraction"):
+        assert content["after"]["measures"][name]["value"] == pytest.approx(now.measures[name].value, rel=1e-4)
+    assert content["after"]["measures"]["kl"]["value"] > 10 * abs(content["before"]["measures"]["kl"]["value"])
+    known, probed = split_facts(FORGET, 0.8, 0)
+    attacked = attack(model, tokenizer, probed, related=known)
+    assert content["after"]["attacks"]["few_shot"]["value"] == pytest.approx(attacked["few_shot"].value, rel=1e-4)
+    assert "pruned" in content["after"]["attacks"]
+    assert content["weights_sha256"] == {"before": hash_before, "after": weights_hash(model)}
+    assert content["weights_sha256"]["after"] != hash_before
+    assert content["sources"] == {"facts": "somewhere"}
+
+
+def test_it_is_read_back_and_holds_until_a_weight_or_the_data_differs(certified, tmp_path):
+    model, tokenizer, measured, certificate, _ = certified
+    certificate.write(tmp_path)
+    read = Certificate.read(tmp_path)
+    assert read.content == json.loads(json.dumps(certificate.content))
+    assert verify(read, model, tokenizer, measured, progress=False) == []
+    other = replace(measured, text=TEXT.replace("word1", "word2"))
+    found = verify(read, model, tokenizer, other, progress=False)
+    assert found[0].startswith("data, text: expected")
+    original = knowing_llama()
+    found = verify(read, original, tokenizer, measured, progress=False)
+    assert found[0].startswith("weights: expected")
+    assert any(line.startswith("recall: expected") for line in found)
+
+
+def test_the_page_shows_every_figure_and_hides_no_markup(certified, tmp_path):
+    certificate = certified[3]
+    content = json.loads(json.dumps(certificate.content))
+    content["set_aside"] = ["<b>strange</b>"]
+    Certificate(content, certificate.reference).write(tmp_path)
+    page = (tmp_path / PAGE).read_text()
+    assert "&lt;b&gt;strange" in page
+    assert "<b>" not in page
+    for kind in ("measures", "attacks"):
+        for outcome in content["after"][kind].values():
+            assert f"{outcome['value']:.4f} ± {outcome['stderr']:.4f}" in page
+    for fact in FORGET:
+        assert f"<td>{fact.id}</td>" in page
+    assert "What this does not guarantee" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neighbours": []}, "neighbours: expected some with probes"),
+        ({"neighbours": FORGET[:1]}, "no ids in common, got 1: f0"),
+        ({"related": [replace(FORGET[0], id="other")]}, "no sentences in common"),
+        ({"facts": load_facts(["gamma of x0"])}, "facts: expected some with probes"),
+        (
+            {"facts": load_facts([{"sentences": ["s"], "probes": [{"prompt": "is X0 the", "target": " x0"}]}])},
+            "do not hold their answer, got some of fact-1",
+        ),
+    ],
+)
+def test_evidence_that_shows_nothing_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        evidence(**changes)
+
+
+def test_a_model_that_knows_nothing_of_the_facts_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="expected some that the model knows, got none"):
+        Witness(model, tokenizer, evidence(), progress=False)
+
+
+def test_a_missing_certificate_and_one_of_another_format_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected certificate\.json in"):
+        Certificate.read(tmp_path)
+    (tmp_path / NAME).write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="expected format cir-certificate-1, got other"):
+        Certificate.read(tmp_path)
+
+
+def test_the_command_line_certifies_and_verifies(tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    knowing_llama(hidden_size=160, intermediate_size=192).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    for name, items in (("facts", facts(12)[:8]), ("stay", facts(12)[8:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "text.txt").write_text(TEXT)
+
+    def run(*arguments: str) -> int:
+        return cli.main([*(a.replace("IN/", f"{folder}/") for a in arguments), "--quiet", "--device", "cpu"])
+
+    unlearn = ["unlearn", "--model", "IN/model", "--facts", "IN/facts.jsonl", "--out", str(out), "--max-epochs", "1"]
+    unlearn += ["--retain", "IN/text.txt", "--certify", "--no-relearning", "--budget", "9"]
+    assert run(*unlearn) == 1
+    assert "--disruption or --data, got none" in capsys.readouterr().err
+    unlearn += ["--disruption", "IN/text.txt"]
+    assert run(*unlearn) == 1
+    assert "neighbours: expected some with probes" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(*unlearn, "--neighbours", "IN/stay.jsonl") == 0
+    assert run("verify", str(out)) == 0
+    assert "The certificate holds." in capsys.readouterr().out
+
+    (folder / "stay.jsonl").rename(folder / "moved.jsonl")
+    assert run("verify", str(out)) == 1
+    assert "stay.jsonl" in capsys.readouterr().err
+    (out / "model.safetensors").write_bytes((folder / "model" / "model.safetensors").read_bytes())
+    assert run("verify", str(out), "--neighbours", "IN/moved.jsonl") == 1
+    assert "differs    weights" in capsys.readouterr().out
