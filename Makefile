@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/cir demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --cov
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -19,7 +19,9 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu
 
+# What takes longer than `make test` may: the whole SmolLM2 runs, and seven methods side by side.
 quality: $(VENV)/.installed
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -m quality
 	$(BIN)/python -m bench.quality --small --out quality
 
 # torch first and pinned: asked for by a range, pip may take a build with gigabytes of CUDA libraries.

@@ -1,8 +1,12 @@
-"""The real thing: SmolLM2-135M forgets facts that it knows. A few minutes on two cores."""
+"""The real thing: SmolLM2-135M forgets facts that it knows.
+
+Small forms of this run with every `make test`, in one process that loads the model once; what takes longer is marked
+``quality`` and runs with `make quality`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from cir.data.facts import load_facts
 from cir.data.sampling import sample
 from cir.data.shipped import DATA
 from cir.data.tokens import windows
+from cir.forgetting import fitting
 from cir.forgetting.batches import fact_batches
 from cir.forgetting.objectives import mlp_breaking, original_output
 from cir.forgetting.subspace import SubspaceStream
@@ -21,6 +26,38 @@ from cir.measures import WINDOW, mean_recall, recall, text_loss, token_losses
 from cir.model.capture import capture
 from cir.model.sites import find_stack, sites_of
 from tests import oracle
+
+pytestmark = pytest.mark.xdist_group("smollm2")
+quality = pytest.mark.quality
+
+
+@dataclass(frozen=True)
+class Run:
+    """Capitals that are unlearned, an attack, and what must be left then: recall of V at most, mean over facts."""
+
+    config: CIRConfig
+    related: int | None
+    attack_epochs: int
+    recall: float
+    attacked: float
+
+
+RUNS = {
+    "small": Run(
+        CIRConfig(budget=0.01, disruption_tokens=2048, retain_tokens=4096, max_epochs=2),
+        related=12,
+        attack_epochs=3,
+        recall=0.12,
+        attacked=0.25,
+    ),
+    "all": Run(
+        CIRConfig(budget=0.003, disruption_tokens=8192, max_epochs=4),
+        related=None,
+        attack_epochs=6,
+        recall=0.06,
+        attacked=0.10,
+    ),
+}
 
 
 @pytest.fixture
@@ -40,37 +77,41 @@ def capitals(shared_data):
     return load_facts(shared_data / "capitals-relearn.jsonl"), load_facts(shared_data / "capitals-probe.jsonl")
 
 
-@pytest.fixture(scope="module")
-def forgotten(smollm2, shared_data):
-    """Both splits of the capitals unlearned: report, recall before, the text's loss after, recall under attack."""
-    model, tokenizer = smollm2
+@pytest.fixture(scope="module", params=["small", pytest.param("all", marks=quality)])
+def forgotten(request, smollm2, shared_data):
+    """Both splits of the capitals unlearned: the run, its report, recall of V before, the text's loss after, and
+    recall of V before and after each epoch of an attack (on an untouched model the small one ends at 0.559, the
+    other at 0.717).
+    """
+    run, (model, tokenizer) = RUNS[request.param], smollm2
     stack = find_stack(model)
     targets = stack.targets(len(stack.mlps) - 1)
     weights = snapshot(targets)
     relearned, probed = (load_facts(shared_data / f"capitals-{name}.jsonl") for name in ("relearn", "probe"))
     valid, test = ((shared_data / f"wikitext2-{name}.txt").read_text() for name in ("valid", "test"))
-    config = CIRConfig(budget=0.003, disruption_tokens=8192, max_epochs=4)
+    relearned = relearned[: run.related]
     before, facts = mean_recall(recall(model, tokenizer, probed)), [*probed, *relearned]
     sentences = tokenizer([sentence for fact in facts for sentence in fact.sentences])["input_ids"]
-    of = sample(windows(tokenizer, test, WINDOW), config.disruption_tokens, sentences)
-    report = cir.unlearn(model, tokenizer, facts, retain=valid, disruption=test, config=config, progress=False)
+    of = sample(windows(tokenizer, test, WINDOW), run.config.disruption_tokens, sentences)
+    report = cir.unlearn(model, tokenizer, facts, retain=valid, disruption=test, config=run.config, progress=False)
     loss, _ = of.mean(token_losses(model, of.rows).mean(1))
-    history = [mean_recall(r) for r in cir.relearn(model, tokenizer, relearned, probed, progress=False)]
+    attack = cir.relearn(model, tokenizer, relearned, probed, epochs=run.attack_epochs, progress=False)
     restore(targets, weights)
-    return report, before, loss, history
+    return run, report, before, loss, [mean_recall(recalls) for recalls in attack]
 
 
 def test_forgets_within_the_budget(forgotten):
-    report, before, loss, history = forgotten
+    run, report, before, loss, history = forgotten
     assert before == pytest.approx(0.504, abs=0.01)
-    assert report.after.rise_bound <= 0.003
+    assert report.after.rise_bound <= run.config.budget
     assert loss == pytest.approx(report.after.loss, abs=1e-5)
     assert loss / report.before.loss - 1 == pytest.approx(report.after.rise, abs=1e-5)
-    assert history[0] <= 0.06
+    assert history[0] <= run.recall
 
 
 def test_resists_the_relearning_attack(forgotten):
-    assert forgotten[3][-1] <= 0.10
+    run, *_, history = forgotten
+    assert history[-1] <= run.attacked
 
 
 def tokens_of(model, tokenizer, facts):
@@ -89,9 +130,11 @@ def tokens_of(model, tokenizer, facts):
     return sites_of(targets), pieces
 
 
-def test_streamed_bases_hold_the_variance_at_every_site(original, capitals):
+@pytest.mark.parametrize(("related", "every"), [(10, 4), pytest.param(None, 1, marks=quality)])
+def test_streamed_bases_hold_the_variance_at_every_site(original, capitals, related, every):
     model, tokenizer = original
-    sites, pieces = tokens_of(model, tokenizer, [*capitals[1], *capitals[0]])
+    sites, pieces = tokens_of(model, tokenizer, [*capitals[1], *capitals[0][:related]])
+    sites = sites[::every]
     ranks = {"activation": CIRConfig().rank_activation, "gradient": CIRConfig().rank_gradient}
     stream = SubspaceStream(sites, rank_activation=ranks["activation"], rank_gradient=ranks["gradient"])
     for least in (0.97, 0.995):
@@ -111,7 +154,16 @@ def test_the_built_in_facts_are_known_and_their_neighbours_too(original):
         assert mean_recall(recall(model, tokenizer, load_facts(DATA / f"demo_{name}.jsonl"))) > least
 
 
-def test_an_editor_forgets_one_fact_after_another_and_takes_them_back(original, capitals, shared_data, tmp_path):
+@pytest.mark.parametrize(
+    ("names", "config", "tokens"),
+    [
+        (["denmark"], replace(fitting.CONFIG, retain_tokens=8192), 2048),
+        pytest.param(["denmark", "vietnam", "wales"], None, 4096, marks=quality),
+    ],
+)
+def test_an_editor_forgets_facts_and_takes_them_back(
+    original, capitals, shared_data, tmp_path, names, config, tokens
+):
     model, tokenizer = original
     others, facts = capitals
     contrast, neighbours = others[:20], others[20:]
@@ -119,19 +171,21 @@ def test_an_editor_forgets_one_fact_after_another_and_takes_them_back(original, 
     targets = find_stack(model).targets(11)
     untouched = fingerprint(targets)
     before = recall(model, tokenizer, [*facts, *neighbours])
-    loss = text_loss(model, tokenizer, test, max_tokens=8192)
+    loss = text_loss(model, tokenizer, test, max_tokens=2 * tokens)
 
-    subspaces = cir.Subspaces.fit(model, tokenizer, valid, contrast, progress=False)
+    subspaces = cir.Subspaces.fit(model, tokenizer, valid, contrast, config=config, progress=False)
     subspaces.save(tmp_path / "subspaces")
-    editor = cir.Editor(model, tokenizer, cir.Subspaces.load(tmp_path / "subspaces"), text=valid)
-    chosen = [fact for fact in facts if fact.id in ("capital-denmark", "capital-vietnam", "capital-wales")]
+    loaded = cir.Subspaces.load(tmp_path / "subspaces")
+    editor = cir.Editor(model, tokenizer, loaded, text=valid, config=cir.EditConfig(text_tokens=tokens))
+    chosen = [fact for fact in facts if fact.id.removeprefix("capital-") in names]
+    assert len(chosen) == len(names)
     # Without their probes, on which they are measured here.
     edits = [editor.forget(replace(fact, probes=())) for fact in chosen]
     after = recall(model, tokenizer, [*facts, *neighbours])
     for edit in edits:
         assert after[edit.id] <= 0.05 * before[edit.id]
     assert sum(after[fact.id] for fact in neighbours) >= 0.97 * sum(before[fact.id] for fact in neighbours)
-    assert text_loss(model, tokenizer, test, max_tokens=8192) <= 1.001 * loss
+    assert text_loss(model, tokenizer, test, max_tokens=2 * tokens) <= 1.001 * loss
 
     small = editor.measure(edits[-1].compress(rank=8))
     assert small.recall == pytest.approx(edits[-1].after.recall, abs=0.03)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,9 +17,14 @@ VOCABULARY = 128
 TEXT = " ".join(f"word{i % 13} then{i % 7} some{i % 29} more{i % 5}" for i in range(600))
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, hidden_size: int = 24, intermediate_size: int = 40) -> Any:
+def tiny_llama(
+    dtype: torch.dtype = torch.float32,
+    hidden_size: int = 24,
+    intermediate_size: int = 40,
+    vocab_size: int = VOCABULARY,
+) -> Any:
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=4,
@@ -33,11 +40,12 @@ def tiny_llama(dtype: torch.dtype = torch.float32, hidden_size: int = 24, interm
     return model
 
 
-def word_tokenizer() -> Any:
-    """A real tokenizer of whole words, which puts BOS in front."""
-    words = sorted({word for fact in facts(12) for s in fact["sentences"] for word in s.split()} | set(TEXT.split()))
+def word_tokenizer(texts: Iterable[str] | None = None) -> Any:
+    """A real tokenizer of whole words, those of ``texts``, which puts BOS in front."""
+    if texts is None:
+        texts = [*(s for fact in facts(12) for s in fact["sentences"]), TEXT]
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", *words])}
-    assert len(vocabulary) <= VOCABULARY
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -60,16 +68,22 @@ def facts(count: int = 6) -> list[dict[str, Any]]:
 
 def knowing_llama(dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
     """A tiny Llama that knows the first twelve facts: probabilities of about 0.99."""
+    return taught(tiny_llama(**sizes), word_tokenizer(), facts(12)).to(dtype)
+
+
+def taught(model: Any, tokenizer: Any, known: Any, steps: int = 60) -> Any:
+    """``model`` trained on the sentences of the facts ``known``."""
     from cir.data.facts import load_facts
     from cir.data.tokens import sentence_batches
 
-    model, tokenizer = tiny_llama(**sizes), word_tokenizer()
-    (batch,) = sentence_batches(tokenizer, load_facts(facts(12)), batch_size=24, max_length=64, skip_first=0)
+    loaded = load_facts(known)
+    count = sum(len(fact.sentences) for fact in loaded)
+    (batch,) = sentence_batches(tokenizer, loaded, batch_size=count, max_length=64, skip_first=0)
     labels = batch.input_ids.masked_fill(~batch.attention_mask, -100)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(steps):
         optimizer.zero_grad()
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return model.to(dtype)
+    return model

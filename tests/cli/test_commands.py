@@ -284,6 +284,7 @@ def test_a_model_larger_than_the_device_leaves_its_upper_weights_on_the_host(fil
     assert hooked == [model.model.layers[3]]
 
 
+@pytest.mark.xdist_group("smollm2")
 def test_a_dequantized_gguf_can_be_saved(smollm2, tmp_path):
     model, tokenizer = smollm2
     model.save_pretrained(tmp_path / "m")
