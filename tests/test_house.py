@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -100,5 +101,8 @@ def test_every_public_name_is_there():
     import cir
 
     assert {name for name in cir.__all__ if getattr(cir, name).__name__ != name} == set()
+    from cir.datasets import load_data
+
+    assert load_data is import_module("cir.data.datasets").load_data
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = cir.nothing

@@ -30,7 +30,8 @@ class Inputs:
         """Read what the options ``given`` name; files take the place of the data set's own parts.
 
         Raises:
-            ValueError: unless just one of ``facts`` and ``data`` is given, or on malformed facts.
+            ValueError: unless just one of ``facts`` and ``data`` is given, on malformed facts, or a data set without
+                the text that is asked of it.
             OSError: if a file, or a copy of the data set, is not there.
         """
         sources = {name: value for name in SOURCES if (value := given.get(name)) is not None}
@@ -43,11 +44,7 @@ class Inputs:
             texts = {"retain": data.retain, "disruption": data.disruption}
             if not facts:
                 raise ValueError(f"--data: expected a data set of facts, got {sources['data']}, which is text")
-        texts |= {
-            name: Path(sources[name]).read_text(encoding="utf-8")
-            for name in ("retain", "disruption")
-            if name in sources
-        }
+        texts |= {part: read_text(sources[part], part) for part in ("retain", "disruption") if part in sources}
         return cls(
             sources,
             load_facts(sources["facts"]) if "facts" in sources else facts,

@@ -15,6 +15,7 @@ from cir.editing.edits import State
 from cir.forgetting.update import fingerprint
 from cir.model import checkpoints
 from cir.model.sites import find_stack
+from cir_kernels import ROUNDINGS
 from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
 
 
@@ -255,9 +256,27 @@ def test_the_demo_says_how_to_get_a_model(monkeypatch, capsys, tmp_path):
     assert not list((tmp_path / "demo").iterdir())
 
 
-def test_help_and_import_need_no_torch():
+def test_help_needs_no_torch():
     code = "import sys, cir.cli.parser; cir.cli.parser.parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_roundings_are_those_of_the_kernels(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["unlearn", "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in ROUNDINGS)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["unlearn", "--model", "m", "--out", "o", "--rounding", "up"])
+    assert stopped.value.code == 2
+    expected = "--rounding: expected one of nearest, stochastic, compensated, got 'up'"
+    assert expected in capsys.readouterr().err
+
+
+def test_the_package_can_be_run():
+    done = subprocess.run([sys.executable, "-m", "cir.cli", "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout == f"cir {cir.__version__}\n"
 
 
 def test_everything_imports_without_triton():

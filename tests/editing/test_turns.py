@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import signal
 import threading
 import time
+
+import pytest
 
 from cir.editing.turns import Turns
 
@@ -23,3 +26,20 @@ def test_callers_wait_and_are_served_in_order():
     for thread in threads:
         thread.join(10)
     assert served == list(range(20))
+
+
+def test_one_that_gives_up_waiting_holds_up_nobody():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    turns = Turns()
+    with turns:
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                turns.__enter__()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+    with turns:
+        assert len(turns._waiting) == 1
