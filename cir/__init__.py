@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cir.editing.editor import EditError, Editor
     from cir.editing.edits import Edit
     from cir.forgetting.fitting import Subspaces
+    from cir.forgetting.locate import locate
     from cir.forgetting.profiling import profile
     from cir.forgetting.report import Report
     from cir.forgetting.unlearn import unlearn
@@ -32,6 +33,7 @@ _EXPORTS = {
     "Subspaces": "cir.forgetting.fitting",
     "evaluate": "cir.measures",
     "load_facts": "cir.data.facts",
+    "locate": "cir.forgetting.locate",
     "profile": "cir.forgetting.profiling",
     "relearn": "cir.proof.relearning",
     "unlearn": "cir.forgetting.unlearn",
@@ -50,6 +52,7 @@ __all__ = [
     "Subspaces",
     "evaluate",
     "load_facts",
+    "locate",
     "profile",
     "relearn",
     "unlearn",

@@ -43,12 +43,14 @@ class Evaluation:
         recall: by fact id, see :func:`recall`.
         measures: those of the following that the arguments give something to measure on.
             ``recall``: mean over facts. ``paraphrase_recall``: asked by the facts' paraphrases instead.
-            ``neighbour_recall``: the same of the neighbours, which should stay.
+            ``neighbour_recall``: the same of the neighbours, which should stay; ``same_subject_recall``: of other
+            facts about the same subjects, which should stay too.
             ``token_extraction``: share of the targets' tokens that are the likeliest, given those before.
             ``generation_extraction``: share of the probes whose greedy continuation holds the target.
             ``accuracy``: share of multiple-choice questions whose right letter is the likeliest (temperature 0).
             ``accuracy_t1``: mean probability of the right letter among the letters (temperature 1).
-            ``loss``: nats a token of the text. ``kl``: see :func:`kl_divergence`.
+            ``loss``: nats a token of the text. ``kl``: see :func:`kl_divergence`; ``kl_worst_window``: of the window
+            where it is highest, as the mean over a text hides it.
     """
 
     recall: dict[str, float]
@@ -98,6 +100,7 @@ def evaluate(
     facts: str | Path | Sequence[Any],
     *,
     neighbours: str | Path | Sequence[Any] = (),
+    same_subject: str | Path | Sequence[Any] = (),
     text: str | None = None,
     window: int = WINDOW,
     max_tokens: int | None = None,
@@ -108,7 +111,8 @@ def evaluate(
 
     Args:
         model, tokenizer: any causal LM of transformers. facts: what :func:`cir.load_facts` reads.
-        neighbours: facts near those, which should stay.
+        neighbours: facts near those, which should stay: the same relations of other subjects.
+        same_subject: other relations of the same subjects, which should stay: the other side of a fact.
         text: measured in consecutive windows of ``window`` tokens, at most ``max_tokens`` in all, evenly spread.
         generate: tokens of the greedy continuations in which targets are looked for; 0 generates none.
         reference: of the model before it was changed, see :func:`reference_of`.
@@ -118,7 +122,7 @@ def evaluate(
     """
     facts = load_facts(facts)
     recalls = recall(model, tokenizer, facts)
-    greedy = _by_fact((name, score.greedy) for name, score in score_probes(model, tokenizer, facts))
+    greedy = by_fact((name, score.greedy) for name, score in score_probes(model, tokenizer, facts))
     asked = letter_probabilities(model, tokenizer, facts)
     measures = {
         "recall": estimate(recalls.values()),
@@ -128,8 +132,9 @@ def evaluate(
     }
     rephrased = [replace(fact, probes=fact.paraphrases) for fact in facts if fact.paraphrases]
     measures["paraphrase_recall"] = estimate(recall(model, tokenizer, rephrased).values())
-    if neighbours:
-        measures["neighbour_recall"] = estimate(recall(model, tokenizer, load_facts(neighbours)).values())
+    for name, kept in (("neighbour_recall", neighbours), ("same_subject_recall", same_subject)):
+        if kept:
+            measures[name] = estimate(recall(model, tokenizer, load_facts(kept)).values())
     if generate:
         found = extracted(model, tokenizer, facts, tokens=generate)
         measures["generation_extraction"] = estimate(found.values())
@@ -137,7 +142,9 @@ def evaluate(
         rows = spread(windows(tokenizer, text, window), max_tokens)
         measures["loss"] = estimate(token_losses(model, rows).mean(1).tolist())
     if reference is not None:
-        measures["kl"] = estimate(kl_divergence(model, reference).mean(1).tolist())
+        by_window = kl_divergence(model, reference).mean(1).tolist()
+        measures["kl"] = estimate(by_window)
+        measures["kl_worst_window"] = Estimate(max(by_window), 0.0, len(by_window))
     return Evaluation(recalls, {name: measure for name, measure in measures.items() if measure is not None})
 
 
@@ -171,7 +178,7 @@ def recall(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> dict[str, float
     asked = [fact for fact in facts if fact.question is not None and fact.choices and not fact.probes]
     letters = zip(asked, letter_probabilities(model, tokenizer, asked), strict=True)
     by_letter = {fact.id: probabilities[answer] for fact, (probabilities, answer) in letters}
-    probed = _by_fact((name, score.probability) for name, score in score_probes(model, tokenizer, facts))
+    probed = by_fact((name, score.probability) for name, score in score_probes(model, tokenizer, facts))
     return {fact.id: {**by_letter, **probed}[fact.id] for fact in facts if fact.id in by_letter or fact.id in probed}
 
 
@@ -184,7 +191,7 @@ def score_probes(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> list[tupl
 
 def unknown_facts(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> list[str]:
     """Ids of facts whose targets have a mean probability a token below :data:`KNOWN`: there is nothing to forget."""
-    known = _by_fact((name, score.probability_a_token) for name, score in score_probes(model, tokenizer, facts))
+    known = by_fact((name, score.probability_a_token) for name, score in score_probes(model, tokenizer, facts))
     return [name for name, probability in known.items() if probability < KNOWN]
 
 
@@ -193,7 +200,7 @@ def mean_recall(recalls: dict[str, float]) -> float | None:
     return sum(recalls.values()) / len(recalls) if recalls else None
 
 
-def _by_fact(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+def by_fact(values: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Means by fact id."""
     lists: dict[str, list[float]] = {}
     for name, value in values:
@@ -227,7 +234,7 @@ def extracted(
                 texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :])
                 target = probe.target.strip().lower()
                 found.append((fact.id, float(any(target in text.lower() for text in texts))))
-    return _by_fact(found)
+    return by_fact(found)
 
 
 def letter_probabilities(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> list[tuple[list[float], int]]:

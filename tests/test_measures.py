@@ -79,7 +79,15 @@ def test_each_measure_has_its_standard_error(tokenizer):
     rows = windows(tokenizer, TEXT, 32)
     reference = reference_of(model, rows[:4], likeliest=8)
     result = cir.evaluate(
-        model, tokenizer, items, neighbours=facts(6)[3:], text=TEXT, window=32, generate=3, reference=reference
+        model,
+        tokenizer,
+        items,
+        neighbours=facts(6)[3:],
+        same_subject=facts(12)[8:],
+        text=TEXT,
+        window=32,
+        generate=3,
+        reference=reference,
     )
     recalls = torch.tensor(list(result.recall.values()), dtype=torch.float64)
     assert result.measures["recall"].value == pytest.approx(float(recalls.mean()))
@@ -88,6 +96,9 @@ def test_each_measure_has_its_standard_error(tokenizer):
     wanted = probability(model, tokenizer, "alpha0 beta0 gamma", " delta0")
     assert result.measures["paraphrase_recall"].value == pytest.approx(wanted, rel=1e-4)
     assert result.measures["neighbour_recall"].count == 3
+    others = recall(model, tokenizer, load_facts(facts(12)[8:]))
+    assert result.measures["same_subject_recall"].value == pytest.approx(sum(others.values()) / 4, rel=1e-5)
+    assert result.measures["kl_worst_window"].value >= result.measures["kl"].value
     assert result.measures["token_extraction"].value == 1.0
     assert result.measures["generation_extraction"].value == 1.0
     assert 0 < result.measures["accuracy_t1"].value < 1

@@ -2,7 +2,8 @@
 
     python -m bench.quality [--small] [--ablate] [--methods cir npo ...] [--seeds 0 1 2] [--budgets 0.001 0.003]
                             [--relearn T.jsonl --probe V.jsonl] [--neighbours N.jsonl] [--retain R.txt]
-                            [--disruption D.txt] [--model M] [--out bench/results] [--report]
+                            [--disruption D.txt] [--model M] [--same-subject S.jsonl] [--gold G]
+                            [--out bench/results] [--report]
 
 Both splits are forgotten, T and V. Every attacker then trains on T, and recall of V tells what comes back. Of each
 baseline the best rate is found on the first seed: that which forgets most inside the budget, the last epoch's change

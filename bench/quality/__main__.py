@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--relearn", default=str(DATA / "demo_related.jsonl"))
     parser.add_argument("--probe", default=str(DATA / "demo_forget.jsonl"))
     parser.add_argument("--neighbours", default=str(DATA / "demo_neighbours.jsonl"))
+    parser.add_argument("--same-subject", help="facts: other relations of the same subjects, which must stay")
+    parser.add_argument("--gold", help="a model that never knew the facts, with which each is compared")
     parser.add_argument("--retain", help="text; default: the built-in one, of which a third measures disruption")
     parser.add_argument("--disruption", help="text; needs --retain")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *BASELINES], default=[*METHODS, *BASELINES])
@@ -57,6 +59,8 @@ def main() -> None:
         tokens=arguments.tokens,
         attacks=tuple(arguments.attacks[:1] if arguments.small or arguments.ablate else arguments.attacks),
         thorough=not arguments.small,
+        same_subject=load_facts(arguments.same_subject) if arguments.same_subject else [],
+        gold=arguments.gold,
     )
     check_apart(task.relearn, task.probe)
     common = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from cir.forgetting.report import Measure
 from cir.measures import kl_divergence, mean_recall, recall, reference_of
 from cir.model.checkpoints import load_model
 from cir.proof.attacks import few_shot, quantized
-from cir.proof.relearning import RELEARNINGS
+from cir.proof.relearning import RELEARNINGS, Relearning
+from cir.proof.statistics import forget_quality, paired, truth_ratios
 
 CIR = CIRConfig()
 MAX_EPOCHS = 6
@@ -34,7 +35,18 @@ hides harm from the budget, but not this.
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be forgotten and measured, and on which text. ``thorough``: try every rate of a baseline."""
+    """What is to be forgotten and measured, and on which text.
+
+    Attributes:
+        relearn, probe: to be forgotten; attackers are taught the first (T), and the second is probed (V).
+        neighbours, same_subject, unrelated: must stay: the same relations of other subjects, other relations of the
+            same subjects, and neither.
+        tokens: of ``disruption`` that are measured. attacks: names out of ``relearnings``.
+        thorough: try every rate of a baseline.
+        contrast: what editors are told must stay; by default the neighbours.
+        gold: a model that never knew ``relearn`` and ``probe``, to be compared with.
+        wrong: answers that are wrong, by the id of a probed fact, for the truth ratio.
+    """
 
     relearn: list[Fact]
     probe: list[Fact]
@@ -44,6 +56,12 @@ class Task:
     tokens: int
     attacks: tuple[str, ...]
     thorough: bool
+    same_subject: list[Fact] = field(default_factory=list)
+    unrelated: list[Fact] = field(default_factory=list)
+    contrast: list[Fact] | None = None
+    gold: str | None = None
+    relearnings: Mapping[str, Relearning] = field(default_factory=lambda: RELEARNINGS)
+    wrong: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:
@@ -52,6 +70,31 @@ class Task:
     @property
     def facts(self) -> list[Fact]:
         return [*self.probe, *self.relearn]
+
+
+Histories = dict[str, list[dict[str, float]]]
+"""By attack, recall by fact of what is probed, before and after each epoch."""
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What a model recalls of the probed facts, before and under attack, and their truth ratios."""
+
+    histories: Histories
+    ratios: dict[str, float]
+
+    @property
+    def before(self) -> dict[str, float]:
+        return next(iter(self.histories.values()))[0]
+
+    def at_best(self, attack: str) -> dict[str, float]:
+        """After the epoch of ``attack`` that brought most back."""
+        return max(self.histories[attack][1:], key=lambda recalls: mean_recall(recalls) or 0)
+
+    @property
+    def worst(self) -> str:
+        """The attack that brings most back."""
+        return max(self.histories, key=lambda name: mean_recall(self.at_best(name)) or 0)
 
 
 @dataclass
@@ -76,6 +119,7 @@ class Bench:
         self.meter = Meter(self.model, self.tokenizer, task.facts, rows, task.tokens)
         self.reference = reference_of(self.model, spread(rows, min(task.tokens, KL_TOKENS)))
         self.before = self.meter.before
+        self.gold = None if task.gold is None else knowledge(*load_model(task.gold), task)
 
     def kl(self) -> float:
         return float(kl_divergence(self.model, self.reference).mean())
@@ -172,17 +216,8 @@ class Bench:
             return self._examine(outcome)
 
     def _examine(self, outcome: Outcome) -> dict[str, Any]:
-        task = self.task
-        recalls = self.recall(task.probe)
-        relearned = {
-            name: [
-                mean_recall(epoch)
-                for epoch in relearn(
-                    self.model, self.tokenizer, task.relearn, task.probe, **asdict(RELEARNINGS[name]), progress=False
-                )
-            ]
-            for name in task.attacks
-        }
+        task, own = self.task, knowledge(self.model, self.tokenizer, self.task)
+        relearned = {name: [mean_recall(epoch) for epoch in history] for name, history in own.histories.items()}
         rounded = {}
         for bits in (8, 4):
             with quantized(self.model, bits):
@@ -190,10 +225,15 @@ class Bench:
         shown = few_shot(task.probe, task.relearn)
         return {
             **self.rise(outcome),
+            "worst_window": outcome.measure.worst,
             "kl": self.kl(),
-            "recall": mean_recall(recalls),
+            "recall": mean_recall(own.before),
             "recall_relearn_split": mean_recall(self.recall(task.relearn)),
-            "neighbours": mean_recall(self.recall(task.neighbours)),
+            **{
+                name: mean_recall(self.recall(facts))
+                for name in ("neighbours", "same_subject", "unrelated")
+                if (facts := getattr(task, name))
+            },
             "attacked": {name: max(history[1:]) for name, history in relearned.items()},
             "worst": max(max(history[1:]) for history in relearned.values()),
             **rounded,
@@ -202,7 +242,8 @@ class Bench:
             "seconds": outcome.seconds,
             "trajectory": outcome.trajectory,
             "relearning": relearned,
-            "by_fact": recalls,
+            "by_fact": own.before,
+            **({} if self.gold is None else beside(own, self.gold)),
         }
 
     def recall(self, facts: Sequence[Fact]) -> dict[str, float]:
@@ -212,6 +253,34 @@ class Bench:
         """Frobenius norm of all that has changed."""
         pairs = zip(self.model.parameters(), self.weights, strict=True)
         return sum(float((now.detach().cpu() - before).norm()) ** 2 for now, before in pairs) ** 0.5
+
+
+def knowledge(model: Any, tokenizer: Any, task: Task) -> Knowledge:
+    """Of the probed facts of ``task``; the model ends as it came in."""
+    histories = {
+        name: relearn(model, tokenizer, task.relearn, task.probe, **asdict(task.relearnings[name]), progress=False)
+        for name in task.attacks
+    }
+    return Knowledge(histories, truth_ratios(model, tokenizer, task.probe, task.wrong) if task.wrong else {})
+
+
+def beside(own: Knowledge, gold: Knowledge) -> dict[str, Any]:
+    """What tells ``own`` from a model that never knew: mean differences by fact with their standard errors, before
+    and after the attack that brings most back, and forget quality where there are truth ratios.
+    """
+    attack = own.worst
+    differences = {
+        "recall": paired(own.before, gold.before),
+        "worst": paired(own.at_best(attack), gold.at_best(attack)),
+    }
+    found: dict[str, Any] = {
+        "gold": {name: asdict(difference) for name, difference in differences.items() if difference is not None},
+        "gold_recall": mean_recall(gold.before),
+        "gold_attacked": mean_recall(gold.at_best(attack)),
+    }
+    if own.ratios:
+        found["forget_quality"] = forget_quality(own.ratios, gold.ratios)
+    return found
 
 
 @torch.no_grad()

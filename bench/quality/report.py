@@ -46,6 +46,8 @@ COLUMNS = {
     "quantized_4bit": "{:.3f}",
     "few_shot": "{:.3f}",
     "neighbours": "{:.3f}",
+    "same_subject": "{:.3f}",
+    "gold_attacked": "{:.3f}",
     "change": "{:.1f}",
     "seconds": "{:.0f}",
 }
@@ -54,7 +56,21 @@ COLUMNS = {
 def _means(rows: Sequence[Mapping[str, Any]], by: str) -> str:
     """A table: a line for each value of ``by``, means over seeds with standard deviations of the recalls."""
     lines = [
-        ["", "seeds", "text loss", "KL", "recall", "worst attack", "4 bits", "few-shot", "neighbours", "change", "s"]
+        [
+            "",
+            "seeds",
+            "text loss",
+            "KL",
+            "recall",
+            "worst attack",
+            "4 bits",
+            "few-shot",
+            "neighbours",
+            "subjects",
+            "gold",
+            "change",
+            "s",
+        ]
     ]
     for name in dict.fromkeys(row[by] for row in rows):
         own = [row for row in rows if row[by] == name]

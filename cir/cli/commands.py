@@ -1,4 +1,4 @@
-"""What each command does. Everything that can be wrong with its input is found before a model is loaded."""
+"""What each command does."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         tokenizer,
         inputs.facts,
         neighbours=inputs.neighbours,
+        same_subject=inputs.same_subject,
         text=_read(arguments.text),
         max_tokens=arguments.max_tokens,
         generate=arguments.generate,
@@ -126,7 +127,13 @@ def _evidence(inputs: Inputs, **settings: Any) -> Evidence:
     if inputs.disruption is None:
         raise ValueError("expected text on which the loss is certified, with --disruption or --data, got none")
     return Evidence(
-        inputs.facts, inputs.neighbours, inputs.disruption, inputs.related, sources=inputs.sources, **settings
+        inputs.facts,
+        inputs.neighbours,
+        inputs.disruption,
+        inputs.related,
+        inputs.same_subject,
+        sources=inputs.sources,
+        **settings,
     )
 
 

@@ -11,7 +11,7 @@ from cir.data.datasets import SOURCES as DATA_SETS
 from cir.data.datasets import load_data
 from cir.data.facts import Fact, load_facts
 
-SOURCES = ("facts", "data", "data_path", "limit", "neighbours", "related", "retain", "disruption")
+SOURCES = ("facts", "data", "data_path", "limit", "neighbours", "same_subject", "related", "retain", "disruption")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Inputs:
     sources: dict[str, Any]
     facts: list[Fact]
     neighbours: list[Fact]
+    same_subject: list[Fact]
     related: list[Fact]
     retain: str | None
     disruption: str | None
@@ -45,11 +46,14 @@ class Inputs:
             if not facts:
                 raise ValueError(f"--data: expected a data set of facts, got {sources['data']}, which is text")
         texts |= {part: read_text(sources[part], part) for part in ("retain", "disruption") if part in sources}
+        names = ("facts", "neighbours", "same_subject", "related")
+        own = {name: load_facts(sources[name]) for name in names if name in sources}
         return cls(
             sources,
-            load_facts(sources["facts"]) if "facts" in sources else facts,
-            load_facts(sources["neighbours"]) if "neighbours" in sources else neighbours,
-            load_facts(sources["related"]) if "related" in sources else [],
+            own.get("facts", facts),
+            own.get("neighbours", neighbours),
+            own.get("same_subject", []),
+            own.get("related", []),
             texts.get("retain"),
             texts.get("disruption"),
         )

@@ -64,6 +64,7 @@ def _sources() -> argparse.ArgumentParser:
     found.add_argument("--data-path", metavar="PATH", help="a local copy of that data set: a file or a folder")
     found.add_argument("--limit", type=int, metavar="N", help="use so many of its facts, evenly spread")
     found.add_argument("--neighbours", metavar="FACTS", help="facts near those, which must stay")
+    found.add_argument("--same-subject", metavar="FACTS", help="other facts about the same subjects, which must stay")
     found.add_argument("--related", metavar="FACTS", help="further facts of the kind, which an attacker knows")
     return found
 

@@ -54,7 +54,8 @@ class Meter:
         rise, stderr = loss_rise(losses, self._original, self._sample)
         with phase("recall"):
             recalls = recall(self._model, self._tokenizer, self._facts)
-        return Measure(recalls, self._sample.mean(losses.mean(1))[0], rise, stderr)
+        worst = float((losses - self._original).mean(1).max())
+        return Measure(recalls, self._sample.mean(losses.mean(1))[0], rise, stderr, worst)
 
 
 class Best:

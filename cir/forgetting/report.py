@@ -28,12 +28,14 @@ class Measure:
         loss: nats a token on the disruption text.
         rise: relative rise of that loss since the start. rise_stderr: its standard error, from the paired
             differences of the windows measured; 0 where the whole text was measured.
+        worst: highest rise of the loss of one window measured, in nats a token: the mean over a text hides it.
     """
 
     recall: dict[str, float]
     loss: float
     rise: float = 0.0
     rise_stderr: float = 0.0
+    worst: float = 0.0
 
     @property
     def mean_recall(self) -> float | None:

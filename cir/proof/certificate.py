@@ -38,7 +38,9 @@ class Evidence:
     """What a certificate is measured on.
 
     Attributes:
-        facts: all that is forgotten. neighbours: what must stay. text: ordinary text.
+        facts: all that is forgotten. text: ordinary text.
+        neighbours: what must stay: the same relations of other subjects. same_subject: and other relations of the
+            same subjects, the other side of a fact.
         related: what an attacker knows besides: four fifths of ``facts``, on which the attacks that learn anything
             are made (the T split), while the other fifth (V) shows what they bring back.
         sources: where these came from, for people and for ``cir verify``.
@@ -54,6 +56,7 @@ class Evidence:
     neighbours: Sequence[Fact]
     text: str
     related: Sequence[Fact] = ()
+    same_subject: Sequence[Fact] = ()
     sources: Mapping[str, Any] = field(default_factory=dict)
     text_tokens: int = 8192
     generate: int = 12
@@ -64,9 +67,9 @@ class Evidence:
         for name, facts in (("facts", self.facts), ("neighbours", self.neighbours)):
             if not any(fact.probes or fact.choices for fact in facts):
                 raise ValueError(f"{name}: expected some with probes or choices, got none: nothing could be shown")
-        check_apart(self.neighbours, self.facts)
-        check_apart(self.related, self.facts)
-        if told := leaking([*self.facts, *self.neighbours]):
+        for others in (self.neighbours, self.same_subject, self.related):
+            check_apart(others, self.facts)
+        if told := leaking([*self.facts, *self.neighbours, *self.same_subject]):
             raise ValueError(f"expected probes that do not hold their answer, got some of {', '.join(told[:5])}")
 
     @property
@@ -75,7 +78,8 @@ class Evidence:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part."""
-        parts = {name: hash_facts(getattr(self, name)) for name in ("facts", "neighbours", "related")}
+        names = ["facts", "neighbours", "related", *(["same_subject"] if self.same_subject else [])]
+        parts = {name: hash_facts(getattr(self, name)) for name in names}
         return {**parts, "text": hashlib.sha256(self.text.encode()).hexdigest()}
 
 
@@ -130,6 +134,7 @@ class Examiner:
             tokenizer,
             self._facts,
             neighbours=evidence.neighbours,
+            same_subject=evidence.same_subject,
             text=evidence.text,
             max_tokens=evidence.text_tokens,
             generate=evidence.generate,
@@ -221,7 +226,8 @@ def verify(
         those that draw, train or count few probes by 0.05.
     """
     stated = certificate.content
-    hashes = {f"data, {name}": (stated["data_sha256"][name], own) for name, own in evidence.hashes().items()}
+    was, own = stated["data_sha256"], evidence.hashes()
+    hashes = {f"data, {name}": (was.get(name, "none"), own.get(name, "none")) for name in {**was, **own}}
     hashes["weights"] = stated["weights_sha256"]["after"], weights_hash(model)
     found = [f"{name}: expected {was[:12]}, got {own[:12]}" for name, (was, own) in hashes.items() if was != own]
     examiner = Examiner(
@@ -254,8 +260,10 @@ LABELS = {
     "accuracy": "Multiple choice, right letter first",
     "accuracy_t1": "Multiple choice, probability of the right letter",
     "neighbour_recall": "Recall of neighbours (should stay)",
+    "same_subject_recall": "Recall of other facts about the same subjects (should stay)",
     "loss": "Loss on ordinary text, nats a token (should stay)",
     "kl": "Change of what is said about that text, KL in nats a token",
+    "kl_worst_window": "The same, of the window that changed most",
     "quantized_8bit": "Recall with weights rounded to 8 bits",
     "quantized_4bit": "Recall with weights rounded to 4 bits",
     "pruned": "Recall with the smaller half of the changes undone",

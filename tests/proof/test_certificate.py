@@ -118,7 +118,7 @@ def test_the_command_line_certifies_and_verifies(tmp_path, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     knowing_llama(hidden_size=160, intermediate_size=192).save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
-    for name, items in (("facts", facts(12)[:8]), ("stay", facts(12)[8:])):
+    for name, items in (("facts", facts(12)[:8]), ("stay", facts(12)[8:10]), ("same", facts(12)[10:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (folder / "text.txt").write_text(TEXT)
 
@@ -133,10 +133,16 @@ def test_the_command_line_certifies_and_verifies(tmp_path, capsys):
     assert run(*unlearn) == 1
     assert "neighbours: expected some with probes" in capsys.readouterr().err
     assert not out.exists()
-    assert run(*unlearn, "--neighbours", "IN/stay.jsonl") == 0
+    assert run(*unlearn, "--neighbours", "IN/stay.jsonl", "--same-subject", "IN/same.jsonl") == 0
+    content = json.loads((out / "certificate.json").read_text())
+    assert content["after"]["measures"]["same_subject_recall"]["count"] == 2
+    assert "Recall of other facts about the same subjects" in (out / "certificate.html").read_text()
     assert run("verify", str(out)) == 0
     assert "The certificate holds." in capsys.readouterr().out
 
+    (folder / "other.jsonl").write_text(json.dumps(facts(12)[10]) + "\n")
+    assert run("verify", str(out), "--same-subject", "IN/other.jsonl") == 1
+    assert "differs    data, same_subject" in capsys.readouterr().out
     (folder / "stay.jsonl").rename(folder / "moved.jsonl")
     assert run("verify", str(out)) == 1
     assert "stay.jsonl" in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""Models that learn a world: one that was taught all of it, and gold, which never saw what is to be forgotten."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.world.grammar import OBJECTS, World
+from cir import Fact
+from cir.data.tokens import Batch, sentence_batches, windows
+from cir.measures import estimate, mean_recall, recall, text_loss
+from cir.model.sites import find_stack
+from cir.proof.relearning import sentence_loss
+
+KNOWN = 0.9
+"""Mean recall of what it was taught below which a model has not learned its world."""
+VERSION = 1
+"""Of the grammar and the training: models and rows of another are not used again."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama of so many ``layers``, and how it is taught: epochs over the facts at AdamW's peak ``rate``."""
+
+    layers: int
+    hidden: int
+    inner: int
+    epochs: int
+    rate: float
+
+
+SIZES = {
+    "2m": Size(8, 128, 384, 36, 4e-3),
+    "8m": Size(12, 224, 640, 30, 2e-3),
+    "30m": Size(16, 384, 1088, 25, 1e-3),
+}
+SENTENCES, WINDOWS, LENGTH = 32, 1, 128
+"""Of a step: sentences that state facts, and windows of text of so many tokens."""
+
+
+def llama(size: Size, vocabulary: int, seed: int) -> Any:
+    """One with random weights; the global generator is left as it was."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 32,
+        num_key_value_heads=size.hidden // 32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def taught(world: World, size: Size, facts: Sequence[Fact], seed: int = 0) -> Any:
+    """A model taught ``facts`` and the world's text, drawn by ``seed``; the text never comes twice."""
+    tokenizer = world.tokenizer()
+    model = llama(size, len(tokenizer), seed).train()
+    stack, order = find_stack(model), torch.Generator().manual_seed(seed)
+    (sentences,) = sentence_batches(tokenizer, facts, batch_size=2**30, max_length=LENGTH, skip_first=0)
+    steps = size.epochs * math.ceil(len(sentences.input_ids) / SENTENCES)
+    text, _ = world.text(steps * WINDOWS * LENGTH, seed=seed)
+    rows = windows(tokenizer, text, LENGTH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    step = 0
+    for _ in range(size.epochs):
+        shuffled = torch.randperm(len(sentences.input_ids), generator=order)
+        for chosen in shuffled.split(SENTENCES):
+            step += 1
+            share = min(step / (0.05 * steps), 1) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = max(share, 0.02) * size.rate
+            ids = rows[torch.arange(step * WINDOWS, (step + 1) * WINDOWS) % len(rows)]
+            facts_of_step = Batch(sentences.input_ids[chosen], sentences.attention_mask[chosen])
+            loss = sentence_loss(model, stack, facts_of_step) + model(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def learned(model: Any, tokenizer: Any, world: World) -> dict[str, float]:
+    """Mean recall of each part of the world's split, asked in wordings that the model was not taught it in."""
+    parts = {name: facts for name, facts in vars(world.split).items() if isinstance(facts, list)}
+    return {name: mean_recall(recall(model, tokenizer, facts)) or 0.0 for name, facts in parts.items()}
+
+
+def prepared(world: World, size: Size, folder: Path, name: str) -> tuple[Path, Path]:
+    """Folders of a model that was taught the world and of its gold, made where they are not there.
+
+    Args:
+        name: of the size, in the folders' names.
+
+    Raises:
+        ValueError: if a model did not learn its world, or gold knows what it was not taught; nothing is kept then.
+    """
+    split = world.split
+    made = []
+    for which, facts in (("taught", [*split.forgotten, *split.kept]), ("gold", split.kept)):
+        path = folder / f"{name}-{world.subjects}-{world.seed}-v{VERSION}-{which}"
+        made.append(path)
+        if (path / "learned.json").is_file():
+            continue
+        start = time.perf_counter()
+        model, tokenizer = taught(world, size, facts, world.seed), world.tokenizer()
+        seconds = time.perf_counter() - start
+        found = learned(model, tokenizer, world)
+        known = mean_recall(recall(model, tokenizer, facts)) or 0.0
+        if known < KNOWN:
+            raise ValueError(
+                f"{which}: expected a model that learned its world to a recall of {KNOWN}, got {known:.3f}"
+            )
+        if which == "gold":
+            check_gold(recall(model, tokenizer, split.forgotten))
+        text, entropy = world.text(20_000, seed=1000)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        about = {
+            "known": known,
+            "recall": found,
+            "loss": text_loss(model, tokenizer, text),
+            "entropy": entropy,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "seconds": seconds,
+            "size": asdict(size),
+        }
+        (path / "learned.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return made[0], made[1]
+
+
+def check_gold(recalls: dict[str, float]) -> None:
+    """Raise ValueError if what gold was not taught is recalled at three standard errors above chance, or more."""
+    found = estimate(recalls.values())
+    if found is not None and found.value > 1 / OBJECTS + 3 * found.stderr:
+        raise ValueError(
+            f"gold: expected a recall of {1 / OBJECTS:.3f}, chance, of what it was not taught, got "
+            f"{found.value:.3f} +- {found.stderr:.3f}: a leak"
+        )

@@ -1,0 +1,189 @@
+"""Where facts live: what recall is left as one kind of module says, at one place, the same of every fact."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cir.data.facts import Fact, load_facts
+from cir.measures import mean_recall, recall
+from cir.model.capture import frozen
+from cir.model.sites import Stack, find_stack
+
+KINDS = ("mlp", "attention")
+PLACES = ("subject", "last")
+Hook = Callable[[tuple[str, int], Tensor, Tensor], Tensor | None]
+"""Given kind and layer, a module's output (B, L, D), and the places (2, B) of :data:`PLACES` in each row."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """What :func:`locate` found.
+
+    Attributes:
+        recall: mean over the facts with nothing ablated.
+        groups: of layers that were ablated together.
+        ablated: by kind of module and place, the mean recall that each group of layers leaves.
+    """
+
+    recall: float
+    groups: tuple[range, ...]
+    ablated: dict[tuple[str, str], tuple[float, ...]]
+
+    def table(self) -> str:
+        """A line for each kind of module and place, a column for each group of layers."""
+        names = [f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in self.groups]
+        lines = [f"{'recall ' + format(self.recall, '.3f'):<24}" + "".join(f"{name:>8}" for name in names)]
+        for (kind, place), left in self.ablated.items():
+            lines.append(f"{kind + ', ' + place:<24}" + "".join(f"{value:>8.3f}" for value in left))
+        return "\n".join(lines)
+
+
+def locate(
+    model: Any,
+    tokenizer: Any,
+    facts: str | Path | Sequence[Any],
+    *,
+    width: int = 1,
+    subjects: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> Location:
+    """Which layers and modules of ``model`` carry ``facts``, by mean ablation; nothing is changed.
+
+    What the MLPs, or the attentions, of a group of layers put out at one place of each probe is replaced by its mean
+    over all probes: all that tells one fact from another is lost there. The places are the last token of the subject
+    and the last token of the prompt, which predicts the answer.
+
+    Args:
+        model, tokenizer: as for :func:`cir.unlearn`. facts: with probes, several, as their mean is taken.
+        width: layers of a group.
+        subjects: by fact id, the subject as its prompts have it; by default the rarest token of each prompt, the last
+            one where there are several.
+
+    Raises:
+        ValueError: if fewer than two facts have probes, a prompt does not hold its subject, or a layer has not just
+            one module beside its MLP that mixes tokens.
+    """
+    facts = [fact for fact in load_facts(facts) if fact.probes]
+    if len(facts) < 2:
+        raise ValueError(f"facts: expected at least two with probes, whose mean is taken, got {len(facts)}")
+    if width < 1:
+        raise ValueError(f"width: expected at least 1, got {width}")
+    stack = find_stack(model)
+    modules = _modules(stack)
+    places = _places(tokenizer, facts, subjects)
+    groups = tuple(range(start, min(start + width, len(stack.mlps))) for start in range(0, len(stack.mlps), width))
+    sums: dict[tuple[str, int], Tensor] = {}
+    rows = 0
+
+    def observe(key: tuple[str, int], output: Tensor, at: Tensor) -> None:
+        nonlocal rows
+        rows += at.shape[1] * (key == next(iter(modules)))
+        here = output[torch.arange(output.shape[0], device=output.device), at].double().sum(1)
+        sums[key] = sums.get(key, 0) + here
+
+    def recalled(hook: Hook, keys: Sequence[tuple[str, int]]) -> float:
+        with _hooked(model, {key: modules[key] for key in keys}, places, hook):
+            return mean_recall(recall(model, tokenizer, facts)) or 0.0
+
+    with frozen(model):
+        whole = recalled(observe, list(modules))
+        means = {key: total / rows for key, total in sums.items()}
+        ablated: dict[tuple[str, str], tuple[float, ...]] = {}
+        with tqdm(total=len(KINDS) * len(PLACES) * len(groups), disable=not progress, desc="locating") as bar:
+            for kind in KINDS:
+                for number, place in enumerate(PLACES):
+
+                    def ablate(key: tuple[str, int], output: Tensor, at: Tensor, number: int = number) -> Tensor:
+                        changed = output.clone()
+                        of_rows = torch.arange(len(output), device=output.device)
+                        changed[of_rows, at[number]] = means[key][number].to(output.dtype)
+                        return changed
+
+                    left = []
+                    for group in groups:
+                        left.append(recalled(ablate, [(kind, layer) for layer in group]))
+                        bar.update()
+                    ablated[kind, place] = tuple(left)
+    return Location(whole, groups, ablated)
+
+
+def _modules(stack: Stack) -> dict[tuple[str, int], nn.Module]:
+    """The MLP of each layer, and the one other child that has linears: what mixes tokens."""
+    found: dict[tuple[str, int], nn.Module] = {}
+    for number, (layer, mlp) in enumerate(zip(stack.layers, stack.mlps, strict=True)):
+        mixers = {
+            name: child
+            for name, child in layer.named_children()
+            if mlp.module not in child.modules() and any(isinstance(m, nn.Linear) for m in child.modules())
+        }
+        if len(mixers) != 1:
+            raise ValueError(
+                f"layer {number}: expected one module with linears beside the MLP, got {', '.join(mixers) or 'none'}"
+            )
+        found["mlp", number] = mlp.module
+        found["attention", number] = next(iter(mixers.values()))
+    return found
+
+
+def _places(
+    tokenizer: Any, facts: Sequence[Fact], subjects: Mapping[str, str] | None
+) -> dict[tuple[int, ...], tuple[int, int]]:
+    """By the token ids of a probe with its target, the places of the subject's last token and of the prompt's."""
+    prompts = {probe: tokenizer(probe.prompt)["input_ids"] for fact in facts for probe in fact.probes}
+    spread = Counter(token for fact in facts for token in {t for probe in fact.probes for t in prompts[probe]})
+    found = {}
+    for fact in facts:
+        for probe in fact.probes:
+            ids = prompts[probe]
+            if subjects is None:
+                at = min(range(len(ids)), key=lambda i: (spread[ids[i]], -i))
+            else:
+                before, subject, _ = probe.prompt.partition(subjects[fact.id])
+                if not subject:
+                    raise ValueError(f"fact {fact.id!r}: expected {subjects[fact.id]!r} in {probe.prompt!r}")
+                at = len(tokenizer(before + subject)["input_ids"]) - 1
+            target = tokenizer(probe.target, add_special_tokens=False)["input_ids"]
+            found[tuple(ids + target)] = at, len(ids) - 1
+    return found
+
+
+@contextmanager
+def _hooked(
+    model: Any,
+    modules: Mapping[tuple[str, int], nn.Module],
+    places: Mapping[tuple[int, ...], tuple[int, int]],
+    hook: Hook,
+) -> Iterator[None]:
+    """``hook`` sees what ``modules`` put out, and may replace it; which row is which probe tell its token ids."""
+    at = torch.empty(0)
+
+    def find(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
+        nonlocal at
+        masks = given["attention_mask"].bool()
+        rows = [tuple(ids[mask].tolist()) for ids, mask in zip(given["input_ids"], masks, strict=True)]
+        at = torch.tensor([places[row] for row in rows], device=masks.device).T
+
+    def seen(key: tuple[str, int]) -> Callable[..., Any]:
+        def call(module: nn.Module, args: Any, output: Any) -> Any:
+            rows = output[0] if isinstance(output, tuple) else output
+            changed = hook(key, rows, at.to(rows.device))
+            if changed is None:
+                return None
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return call
+
+    with ExitStack() as undo:
+        undo.callback(model.register_forward_pre_hook(find, with_kwargs=True).remove)
+        for key, module in modules.items():
+            undo.callback(module.register_forward_hook(seen(key)).remove)
+        yield

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from bench.quality.measuring import Bench, knowledge
+from bench.world import grammar, runs, training
+from bench.world.grammar import OBJECTS, World
+from bench.world.report import table
+from bench.world.training import Size, check_gold, prepared
+from cir.data.tokens import windows
+from cir.measures import mean_recall, recall
+
+pytestmark = pytest.mark.xdist_group("world")  # whose two models take most of a minute: one process makes them
+SIZE = Size(4, 96, 256, 45, 5e-3)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(subjects=8)
+
+
+@pytest.fixture(scope="module")
+def models(world, tmp_path_factory):
+    """Folders of a model that was taught the world, and of its gold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "KNOWN", 0.6)  # so small a world takes longer to generalise than a test may
+        return prepared(world, SIZE, tmp_path_factory.mktemp("worlds"), "small")
+
+
+def test_a_world_is_the_same_for_a_seed_and_holds_what_it_says(world):
+    again, other = World(subjects=8), World(subjects=8, seed=1)
+    assert again.facts == world.facts != other.facts
+    assert again.text(500, seed=3) == world.text(500, seed=3)
+    facts = [fact for own in world.facts.values() for fact in own]
+    assert len(facts) == 8 * sum(map(len, grammar.KINDS.values()))
+    tokenizer = world.tokenizer()
+    for fact in facts:
+        asked = {probe.prompt for probe in fact.probes}
+        told = {sentence.rpartition(fact.probes[0].target)[0] for sentence in fact.sentences}
+        assert not asked & told
+        ids = [token for text in (*fact.sentences, *asked) for token in tokenizer(text)["input_ids"]]
+        assert tokenizer.unk_token_id not in ids
+        wrong = world.wrong_answers(fact)
+        assert len(wrong) == OBJECTS - 1
+        assert fact.probes[0].target not in wrong
+    assert tokenizer.unk_token_id not in tokenizer(world.text(2000, seed=0)[0])["input_ids"]
+
+
+def test_the_split_parts_the_facts_by_relation_and_by_subject(world):
+    split = world.split
+    facts = [fact for own in world.facts.values() for fact in own]
+    parts = [split.forget, split.related, split.same_relation, split.same_subject, split.unrelated]
+    assert sorted(f.id for part in parts for f in part) == sorted(f.id for f in facts)
+
+    def of(part, place):
+        return {fact.id.split(": ")[place] for fact in part}
+
+    gone = split.forgotten
+    assert not of(split.same_relation, 0) & of(gone, 0)
+    assert of(split.same_relation, 1) == of(gone, 1)
+    assert of(split.same_subject, 0) == of(gone, 0)
+    assert not of(split.same_subject, 1) & of(gone, 1)
+    assert not of(split.unrelated, 0) & of(gone, 0)
+    assert not of(split.unrelated, 1) & of(gone, 1)
+
+
+def test_the_entropy_of_the_text_is_that_of_its_choices(world, monkeypatch):
+    monkeypatch.setattr(grammar, "SENTENCES", ("the <noun> <verb>",))
+    choices = [len(grammar.SLOTS[slot].split()) for slot in ("<noun>", "<verb>")]
+    assert world.text(300, seed=0)[1] == pytest.approx(math.log(math.prod(choices)) / 3)
+
+
+def test_too_small_a_world_a_poor_learner_and_a_leak_are_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="subjects: expected at least 8 of each kind, for a split, got 4"):
+        World(subjects=4)
+    with pytest.raises(
+        ValueError, match=r"taught: expected a model that learned its world to a recall of 0\.9, got 0"
+    ):
+        prepared(world, Size(1, 32, 64, 1, 1e-3), tmp_path, "poor")
+    assert not list(tmp_path.iterdir())
+    check_gold({f"f{i}": float(i % OBJECTS == 0) for i in range(2 * OBJECTS)})
+    with pytest.raises(ValueError, match=r"gold: expected a recall of 0\.062, chance, .* got 0\.500 .*: a leak"):
+        check_gold({f"f{i}": float(i % 2) for i in range(40)})
+
+
+def test_ours_against_gold(models, tmp_path, monkeypatch):
+    taught, gold = models
+    monkeypatch.setitem(training.SIZES, "small", SIZE)
+    about = json.loads((gold / "learned.json").read_text())
+    assert about["entropy"] < about["loss"] < 1.15 * about["entropy"]
+    method = runs.Method((10.0,), runs.METHODS["cir"].config)
+    given = {"budgets": [0.05], "attacks": ["adam, fast"], "subjects": 8, "models": taught.parent}
+    given |= {"path": tmp_path / "world.jsonl", "changes": {}}
+    untouched, ours = runs.compare("small", 0, {"cir": method}, **given)
+    assert untouched["recall"] > 0.6
+    assert untouched["gold_recall"] < 0.2
+    assert untouched["gold"]["recall"]["value"] == pytest.approx(
+        untouched["recall"] - untouched["gold_recall"], abs=1e-4
+    )
+    assert untouched["forget_quality"] < 0.05
+    assert ours["recall"] < 0.5 * untouched["recall"]
+    assert ours["gold"]["worst"]["value"] == pytest.approx(ours["worst"] - ours["gold_attacked"], abs=1e-4)
+    assert {"neighbours", "same_subject", "unrelated", "worst_window"} <= ours.keys()
+    written = (tmp_path / "world.jsonl").read_text()
+    assert runs.compare("small", 0, {"cir": method}, **given) == [untouched, ours]
+    assert (tmp_path / "world.jsonl").read_text() == written
+    lines = table([untouched, ours]).splitlines()
+    assert [line.split()[1] for line in lines[1:]] == ["untouched", "cir"]
+    assert "±" in lines[2]
+
+
+def test_an_editor_forgets_in_a_world_and_its_weights_come_back(world, models):
+    bench = Bench(str(models[0]), runs.task_of(world, models[1], ["adam, fast"]))
+    before = [p.detach().clone() for p in bench.model.parameters()]
+    outcome = runs.edit(bench, runs.METHODS["editor"].config, 0.05, 0)
+    assert outcome.measure.rise_bound <= 0.05
+    assert outcome.measure.mean_recall < bench.before.mean_recall
+    assert all(map(torch.equal, bench.model.parameters(), before))
+
+
+def test_what_is_known_is_measured_before_and_after_each_attack(world, models):
+    bench = Bench(str(models[0]), runs.task_of(world, models[1], ["adam, fast"]))
+    own = knowledge(bench.model, bench.tokenizer, bench.task)
+    assert own.before == pytest.approx(recall(bench.model, bench.tokenizer, world.split.forget), rel=1e-4)
+    assert own.worst == "adam, fast"
+    best = mean_recall(own.at_best("adam, fast"))
+    assert best == max(mean_recall(epoch) for epoch in own.histories["adam, fast"][1:])
+    assert own.ratios.keys() == own.before.keys()
+
+
+def test_fields_and_rates_are_changed_where_a_method_has_them():
+    cir = runs.changed(runs.METHODS["cir"], {"growth_weight": 0.0, "energy": 0.5}, [2.0])
+    assert (cir.config.growth_weight, cir.rates) == (0.0, (2.0,))
+    assert runs.changed(runs.METHODS["npo"], {"growth_weight": 0.0}) == runs.METHODS["npo"]
+
+
+def test_text_rows_are_windows(world):
+    assert windows(world.tokenizer(), world.text(2000, seed=5)[0], 256).shape[1] == 256
