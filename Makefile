@@ -19,9 +19,10 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu
 
-# What takes longer than `make test` may: the whole SmolLM2 runs, and seven methods side by side.
+# What takes longer than `make test` may: the whole SmolLM2 runs, a world of invented facts, seven methods side by side.
 quality: $(VENV)/.installed
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -m quality
+	$(BIN)/python -m bench.world --out quality
 	$(BIN)/python -m bench.quality --small --out quality
 
 # torch first and pinned: asked for by a range, pip may take a build with gigabytes of CUDA libraries.
@@ -34,4 +35,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info cir-demo quality
+	rm -rf $(VENV) build *.egg-info cir-demo quality worlds

@@ -101,7 +101,7 @@ def test_ours_against_gold(models, tmp_path, monkeypatch):
     assert untouched["gold"]["recall"]["value"] == pytest.approx(
         untouched["recall"] - untouched["gold_recall"], abs=1e-4
     )
-    assert untouched["forget_quality"] < 0.05
+    assert untouched["forget_quality"] == pytest.approx(0.1)  # the least that three facts on either side allow
     assert ours["recall"] < 0.5 * untouched["recall"]
     assert ours["gold"]["worst"]["value"] == pytest.approx(ours["worst"] - ours["gold_attacked"], abs=1e-4)
     assert {"neighbours", "same_subject", "unrelated", "worst_window"} <= ours.keys()
