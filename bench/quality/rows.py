@@ -17,9 +17,9 @@ class Rows:
         self.path, self.common = path, {**common, "attacks": list(attacks)}
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = [json.loads(line) for line in lines]
-        self.found = [
-            _under(attacks, row) for row in rows if _has(row, common) and {*attacks} <= {*row.get("attacks", ())}
-        ]
+        own = [row for row in rows if _has(row, common)]
+        self.others = len(rows) - len(own)
+        self.found = [_under(attacks, row) for row in own if _holds(row, attacks)]
 
     def get(self, **key: Any) -> dict[str, Any] | None:
         return next((row for row in self.found if _has(row, key)), None)
@@ -29,6 +29,12 @@ class Rows:
         write_rows(self.path, [row])
         self.found.append(row)
         show(row)
+
+
+def _holds(row: Mapping[str, Any], attacks: Sequence[str]) -> bool:
+    """Whether what ``row`` says under ``attacks`` can be told: beside gold it is said of all of its own as one."""
+    held = {*row.get("attacks", ())}
+    return held == {*attacks} if "gold" in row else held >= {*attacks}
 
 
 def _under(attacks: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:

@@ -171,12 +171,12 @@ class World:
     """The world of ``seed``, with so many ``subjects`` of each kind.
 
     Raises:
-        ValueError: if there are too few subjects for a split, or more than names.
+        ValueError: if there are too few subjects for a split, or too many for the names there are.
     """
 
     def __init__(self, subjects: int = 20, seed: int = 0) -> None:
-        if subjects < 8:
-            raise ValueError(f"subjects: expected at least 8 of each kind, for a split, got {subjects}")
+        if not 8 <= subjects <= 1000:
+            raise ValueError(f"subjects: expected 8, for a split, to 1000 of each kind, got {subjects}")
         self.subjects, self.seed = subjects, seed
         draw = random.Random(seed)
         self._words = _words(draw)

@@ -146,6 +146,8 @@ def compare(
     taught, gold = prepared(world, SIZES[size], models, size)
     common = {"bench": "world", "version": VERSION, "size": size, "subjects": subjects}
     rows = Rows(path, common, attacks)
+    if rows.others:
+        print(f"{path}: {rows.others} rows of another version, size or world are left aside")
     bench = Bench(str(taught), task_of(world, gold, attacks))
     found = []
     for name, method in {"untouched": None, **methods}.items():

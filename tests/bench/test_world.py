@@ -75,7 +75,7 @@ def test_the_entropy_of_the_text_is_that_of_its_choices(world, monkeypatch):
 
 
 def test_too_small_a_world_a_poor_learner_and_a_leak_are_refused(world, tmp_path):
-    with pytest.raises(ValueError, match="subjects: expected at least 8 of each kind, for a split, got 4"):
+    with pytest.raises(ValueError, match="subjects: expected 8, for a split, to 1000 of each kind, got 4"):
         World(subjects=4)
     with pytest.raises(
         ValueError, match=r"taught: expected a model that learned its world to a recall of 0\.9, got 0"
@@ -87,7 +87,7 @@ def test_too_small_a_world_a_poor_learner_and_a_leak_are_refused(world, tmp_path
         check_gold({f"f{i}": float(i % 2) for i in range(40)})
 
 
-def test_ours_against_gold(models, tmp_path, monkeypatch):
+def test_ours_against_gold(models, tmp_path, monkeypatch, capsys):
     taught, gold = models
     monkeypatch.setitem(training.SIZES, "small", SIZE)
     about = json.loads((gold / "learned.json").read_text())
@@ -105,9 +105,13 @@ def test_ours_against_gold(models, tmp_path, monkeypatch):
     assert ours["recall"] < 0.5 * untouched["recall"]
     assert ours["gold"]["worst"]["value"] == pytest.approx(ours["worst"] - ours["gold_attacked"], abs=1e-4)
     assert {"neighbours", "same_subject", "unrelated", "worst_window"} <= ours.keys()
+    assert "left aside" not in capsys.readouterr().out
     written = (tmp_path / "world.jsonl").read_text()
-    assert runs.compare("small", 0, {"cir": method}, **given) == [untouched, ours]
-    assert (tmp_path / "world.jsonl").read_text() == written
+    (tmp_path / "world.jsonl").write_text(written + written.replace('"version": 1', '"version": 0'))
+    for first, again in zip([untouched, ours], runs.compare("small", 0, {"cir": method}, **given), strict=True):
+        assert {key: again[key] for key in first} == json.loads(json.dumps(first))
+    assert len((tmp_path / "world.jsonl").read_text().splitlines()) == 4
+    assert "2 rows of another version, size or world are left aside" in capsys.readouterr().out
     lines = table([untouched, ours]).splitlines()
     assert [line.split()[1] for line in lines[1:]] == ["untouched", "cir"]
     assert "±" in lines[2]
