@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/cir demo
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --cov
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --cov
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -18,6 +18,14 @@ from tests.tiny import tiny_llama, word_tokenizer
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+LONGEST = ("test_smollm2.py", "test_resources.py", "test_world.py")
+"""A minute and more each: begun first where several processes have a file at a time, each in its order."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def model():
     return tiny_llama()

@@ -23,11 +23,11 @@ from cir.forgetting.objectives import mlp_breaking, original_output
 from cir.forgetting.subspace import SubspaceStream
 from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import WINDOW, mean_recall, recall, text_loss, token_losses
+from cir.model import checkpoints
 from cir.model.capture import capture
 from cir.model.sites import find_stack, sites_of
 from tests import oracle
 
-pytestmark = pytest.mark.xdist_group("smollm2")
 quality = pytest.mark.quality
 
 
@@ -192,3 +192,12 @@ def test_an_editor_forgets_facts_and_takes_them_back(
     for _ in edits:
         editor.undo()
     assert fingerprint(targets) == untouched
+
+
+def test_a_dequantized_gguf_can_be_saved(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    loaded, _ = checkpoints.load_model(tmp_path / "m", device="cpu")
+    assert loaded.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))

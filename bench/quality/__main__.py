@@ -68,6 +68,11 @@ def main() -> None:
         "facts": hash_facts(task.facts)[:12],
         "tokens": arguments.tokens,
     }
+    # What is measured beside them is part of which rows these are.
+    if arguments.gold:
+        common["gold_model"] = Path(arguments.gold).stem
+    if task.same_subject:
+        common["same_subject_facts"] = hash_facts(task.same_subject)[:12]
     rows = Rows(arguments.out / "quality.jsonl", common, task.attacks)
     if not arguments.report:
         model = Bench(arguments.model, task)

@@ -131,7 +131,7 @@ def _evidence(inputs: Inputs, **settings: Any) -> Evidence:
         inputs.neighbours,
         inputs.disruption,
         inputs.related,
-        inputs.same_subject,
+        same_subject=inputs.same_subject,
         sources=inputs.sources,
         **settings,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,12 +165,28 @@ def linear_probe(model: Any, tokenizer: Any, facts: Sequence[Fact], related: Seq
 
 @torch.no_grad()
 def _at_prompt_ends(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> tuple[Tensor, list[int], list[str]]:
-    """Of every probe: hidden states (layers, probes, D) at the end of its prompt, first target token, fact id."""
+    """Of every probe: hidden states (layers + 1, probes, D) at the end of its prompt, first target token, fact id.
+
+    They are what each layer reads, and what the decoder returns. transformers' own ``output_hidden_states`` leaves
+    hooks on the model.
+    """
     owners = [(fact.id, probe) for fact in facts for probe in fact.probes]
-    states = []
-    for _, probe in owners:
-        batch = pad([tokenizer(probe.prompt)["input_ids"]]).to(model.device)
-        hidden = model(input_ids=batch.input_ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        states.append(torch.stack([layer[0, -1].float().cpu() for layer in hidden.hidden_states]))
+    stack, here, states = find_stack(model), list[Tensor](), []
+
+    def read(layer: nn.Module, args: Any, given: dict[str, Any]) -> None:
+        here.append((args[0] if args else given["hidden_states"])[0, -1].float().cpu())
+
+    def returned(decoder: nn.Module, args: Any, output: Any) -> None:
+        here.append(output[0][0, -1].float().cpu())
+
+    with ExitStack() as undo:
+        for layer in stack.layers:
+            undo.callback(layer.register_forward_pre_hook(read, with_kwargs=True).remove)
+        undo.callback(stack.decoder.register_forward_hook(returned).remove)
+        for _, probe in owners:
+            batch = pad([tokenizer(probe.prompt)["input_ids"]]).to(model.device)
+            here.clear()
+            model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=1)
+            states.append(torch.stack(here))
     tokens = [tokenizer(probe.target, add_special_tokens=False)["input_ids"][0] for _, probe in owners]
     return torch.stack(states, dim=1), tokens, [name for name, _ in owners]

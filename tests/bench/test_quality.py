@@ -112,3 +112,14 @@ def test_harm_that_the_loss_hides_counts_in_kl(bench, monkeypatch):
         assert bench.harm().rise == bench.kl() / bench.before.loss > 0.003
     lowered = replace(bench.before, loss=0.97 * bench.before.loss)
     assert bench.rise(Outcome(lowered, [], 0.0, []))["rise"] == pytest.approx(-0.03)
+
+
+def test_rows_beside_gold_serve_only_the_attacks_they_are_of(tmp_path):
+    attacked = {"attacked": {"a": 0.1, "b": 0.2}, "relearning": {"a": [0.1], "b": [0.2]}, "attacks": ["a", "b"]}
+    rows = [{"method": "plain", **attacked}, {"method": "beside", **attacked, "gold": {}}]
+    path = tmp_path / "quality.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["method"] for row in Rows(path, {}, ["a", "b"]).found] == ["plain", "beside"]
+    (found,) = Rows(path, {}, ["a"]).found
+    assert (found["method"], found["worst"]) == ("plain", 0.1)
+    assert Rows(path, {"method": "other"}, []).others == 2

@@ -14,7 +14,6 @@ from bench.world.training import Size, check_gold, prepared
 from cir.data.tokens import windows
 from cir.measures import mean_recall, recall
 
-pytestmark = pytest.mark.xdist_group("world")  # whose two models take most of a minute: one process makes them
 SIZE = Size(4, 96, 256, 45, 5e-3)
 
 

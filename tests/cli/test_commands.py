@@ -301,13 +301,3 @@ def test_a_model_larger_than_the_device_leaves_its_upper_weights_on_the_host(fil
     model, _ = checkpoints.load_model(files / "model", device="cpu", offload_for=cir.CIRConfig(loss_layers=(1, 3)))
     hooked = [layer for layer in model.model.layers if layer._forward_pre_hooks]
     assert hooked == [model.model.layers[3]]
-
-
-@pytest.mark.xdist_group("smollm2")
-def test_a_dequantized_gguf_can_be_saved(smollm2, tmp_path):
-    model, tokenizer = smollm2
-    model.save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    loaded, _ = checkpoints.load_model(tmp_path / "m", device="cpu")
-    assert loaded.dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))

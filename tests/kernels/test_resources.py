@@ -12,7 +12,6 @@ import pytest
 
 from cir_kernels._dispatch import HAS_TRITON
 
-pytestmark = pytest.mark.xdist_group("resources")  # whose rows take a minute: one process makes them
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCTS = {
     "_update_kernel",

@@ -10,7 +10,7 @@ from cir.data.facts import load_facts
 from cir.data.tokens import sentence_batches
 from cir.measures import recall
 from cir.model.sites import find_stack
-from cir.proof.attacks import attack, few_shot, linear_probe, pruned, quantized
+from cir.proof.attacks import _at_prompt_ends, attack, few_shot, linear_probe, pruned, quantized
 from cir.proof.relearning import RELEARNINGS, Relearning, relearn, sentence_loss, worst_relearning
 from tests.tiny import facts, knowing_llama, word_tokenizer
 
@@ -76,6 +76,20 @@ def test_a_linear_probe_reads_what_is_in_the_hidden_states(knowing):
         blank.model.embed_tokens.weight.zero_()
     # All rows are alike: each is read as the same one of the eight targets, at every layer.
     assert linear_probe(blank, tokenizer, KNOWN, KNOWN).value == pytest.approx(1 / 8)
+
+
+def test_hidden_states_are_those_of_transformers_and_leave_no_hooks(unchanged):
+    model, tokenizer = knowing_llama(), word_tokenizer()
+    unchanged(model)
+    states, tokens, owners = _at_prompt_ends(model, tokenizer, PROBED[:2])
+    unchanged(model)
+    for i, fact in enumerate(PROBED[:2]):
+        ids = torch.tensor([tokenizer(fact.probes[0].prompt)["input_ids"]])
+        with torch.no_grad():
+            wanted = model(ids, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(states[:, i], torch.stack([layer[0, -1] for layer in wanted]))
+    assert owners == [fact.id for fact in PROBED[:2]]
+    assert tokens == [tokenizer(f.probes[0].target, add_special_tokens=False)["input_ids"][0] for f in PROBED[:2]]
 
 
 def test_attacks_name_what_they_found_and_change_nothing(knowing, unchanged):
