@@ -43,7 +43,7 @@ class Task:
             same subjects, and neither.
         tokens: of ``disruption`` that are measured. attacks: names out of ``relearnings``.
         thorough: try every rate of a baseline.
-        contrast: what editors are told must stay; by default the neighbours.
+        contrast: what editors are told must stay.
         gold: a model that never knew ``relearn`` and ``probe``, to be compared with.
         wrong: answers that are wrong, by the id of a probed fact, for the truth ratio.
     """
@@ -58,7 +58,7 @@ class Task:
     thorough: bool
     same_subject: list[Fact] = field(default_factory=list)
     unrelated: list[Fact] = field(default_factory=list)
-    contrast: list[Fact] | None = None
+    contrast: list[Fact] = field(default_factory=list)
     gold: str | None = None
     relearnings: Mapping[str, Relearning] = field(default_factory=lambda: RELEARNINGS)
     wrong: Mapping[str, Sequence[str]] = field(default_factory=dict)

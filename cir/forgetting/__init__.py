@@ -1,4 +1,4 @@
-"""The method: subspaces, losses, the update, the loop inside its budget, memory, report and profile.
+"""The method: where facts are, subspaces, losses, the update, the loop inside its budget, memory, report, profile.
 
 ``update.py`` alone changes weights.
 """

@@ -11,7 +11,6 @@ from bench.world import grammar, runs, training
 from bench.world.grammar import OBJECTS, World
 from bench.world.report import table
 from bench.world.training import Size, check_gold, prepared
-from cir.data.tokens import windows
 from cir.measures import mean_recall, recall
 
 SIZE = Size(4, 96, 256, 45, 5e-3)
@@ -139,7 +138,3 @@ def test_fields_and_rates_are_changed_where_a_method_has_them():
     cir = runs.changed(runs.METHODS["cir"], {"growth_weight": 0.0, "energy": 0.5}, [2.0])
     assert (cir.config.growth_weight, cir.rates) == (0.0, (2.0,))
     assert runs.changed(runs.METHODS["npo"], {"growth_weight": 0.0}) == runs.METHODS["npo"]
-
-
-def test_text_rows_are_windows(world):
-    assert windows(world.tokenizer(), world.text(2000, seed=5)[0], 256).shape[1] == 256
