@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.baselines import BASELINES
-from bench.quality.measuring import Bench, Outcome, Task, copies
+from bench.pairs import PairConfig, outcome
+from bench.quality.measuring import Bench, Outcome, Task, copies, put
 from bench.quality.rows import Rows
 from bench.world.grammar import World
 from bench.world.training import SIZES, VERSION, prepared
@@ -28,10 +29,10 @@ TEXT, HELD_OUT = 20_000, 16_384
 
 @dataclass(frozen=True)
 class Method:
-    """A configuration, and the rates tried: the best inside the budget counts."""
+    """A configuration, and the rates tried (of pairs, floors): the best inside the budget counts."""
 
     rates: tuple[float, ...]
-    config: CIRConfig | EditConfig | None = None
+    config: CIRConfig | EditConfig | PairConfig | None = None
 
 
 _KEEP = {"retain_rate": 0.003, "retain_batch_size": 4}
@@ -41,6 +42,7 @@ METHODS: dict[str, Method] = {
     "paper": Method((0.3, 1.0, 3.0), replace(CIRConfig.paper(), **_KEEP, **_RANKS)),
     "repselect": Method((0.1, 0.3, 1.0), replace(CIRConfig.repselect(), **_RANKS)),
     "editor": Method((3.0, 10.0), EditConfig()),
+    "pairs": Method((-4.0, -6.0, -10.0), PairConfig(layers=1.0)),
     **{
         name: Method((1e-3, 3e-3, 1e-2) if name in ("rmu", "circuit_breakers") else (1e-4, 3e-4, 1e-3))
         for name in BASELINES
@@ -82,6 +84,8 @@ def forget(bench: Bench, name: str, method: Method, rate: float, budget: float, 
         return bench.forget_with(config)
     if isinstance(method.config, EditConfig):
         return edit(bench, replace(method.config, rate=rate), budget, seed)
+    if isinstance(method.config, PairConfig):
+        return inside(bench, outcome(bench, bench.task.facts, replace(method.config, floor=rate)), budget)
     return bench.forget_with_baseline(name, rate, [budget], seed)[budget]
 
 
@@ -109,6 +113,16 @@ def edit(bench: Bench, config: EditConfig, budget: float, seed: int) -> Outcome:
                 now = after
         state = copies(bench.model.parameters())
     return Outcome(now, steps, time.perf_counter() - started, state)
+
+
+def inside(bench: Bench, reached: Outcome, budget: float) -> Outcome:
+    """``reached``, or on the line back to the model as it came what is inside ``budget``."""
+    if reached.measure.rise_bound <= budget:
+        return reached
+    with bench.restored():
+        put(bench.model.parameters(), reached.weights)
+        measure = bench.back_to_budget(bench.weights, bench.before, reached.measure, budget)
+        return Outcome(measure, [], reached.seconds, copies(bench.model.parameters()))
 
 
 def best(bench: Bench, name: str, method: Method, budget: float, seed: int) -> tuple[float, Outcome]:

@@ -21,13 +21,17 @@ from cir.proof.relearning import sentence_loss
 
 KNOWN = 0.9
 """Mean recall of what it was taught below which a model has not learned its world."""
-VERSION = 1
+VERSION = 2
 """Of the grammar and the training: models and rows of another are not used again."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama of so many ``layers``, and how it is taught: epochs over the facts at AdamW's peak ``rate``."""
+    """A Llama of so many ``layers``, and how it is taught: epochs over the facts at AdamW's peak ``rate``.
+
+    Shallow and wide: of two million parameters, eight layers of 128 learned the wordings and not the facts for two
+    seeds of three.
+    """
 
     layers: int
     hidden: int
@@ -37,11 +41,11 @@ class Size:
 
 
 SIZES = {
-    "2m": Size(8, 128, 384, 36, 4e-3),
-    "8m": Size(12, 224, 640, 30, 2e-3),
-    "30m": Size(16, 384, 1088, 25, 1e-3),
+    "2m": Size(4, 192, 512, 28, 3e-3),
+    "8m": Size(6, 320, 864, 20, 2e-3),
+    "30m": Size(8, 576, 1536, 16, 1.5e-3),
 }
-SENTENCES, WINDOWS, LENGTH = 32, 1, 128
+SENTENCES, WINDOWS, LENGTH = 16, 1, 128
 """Of a step: sentences that state facts, and windows of text of so many tokens."""
 
 
@@ -76,7 +80,7 @@ def taught(world: World, size: Size, facts: Sequence[Fact], seed: int = 0) -> An
     steps = size.epochs * math.ceil(len(sentences.input_ids) / SENTENCES)
     text, _ = world.text(steps * WINDOWS * LENGTH, seed=seed)
     rows = windows(tokenizer, text, LENGTH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     step = 0
     for _ in range(size.epochs):
         shuffled = torch.randperm(len(sentences.input_ids), generator=order)
