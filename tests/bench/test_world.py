@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from bench.pairs import PairConfig, _asked, _read, _taped, forget_pairs
 from bench.quality.measuring import Bench, knowledge
 from bench.world import grammar, runs, training
 from bench.world.grammar import OBJECTS, World
@@ -13,7 +14,7 @@ from bench.world.report import table
 from bench.world.training import Size, check_gold, prepared
 from cir.measures import mean_recall, recall
 
-SIZE = Size(4, 96, 256, 45, 5e-3)
+SIZE = Size(4, 96, 256, 24, 4e-3)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_ours_against_gold(models, tmp_path, monkeypatch, capsys):
     assert {"neighbours", "same_subject", "unrelated", "worst_window"} <= ours.keys()
     assert "left aside" not in capsys.readouterr().out
     written = (tmp_path / "world.jsonl").read_text()
-    (tmp_path / "world.jsonl").write_text(written + written.replace('"version": 1', '"version": 0'))
+    (tmp_path / "world.jsonl").write_text(written + written.replace(f'"version": {training.VERSION}', '"version": 0'))
     for first, again in zip([untouched, ours], runs.compare("small", 0, {"cir": method}, **given), strict=True):
         assert {key: again[key] for key in first} == json.loads(json.dumps(first))
     assert len((tmp_path / "world.jsonl").read_text().splitlines()) == 4
@@ -122,6 +123,36 @@ def test_an_editor_forgets_in_a_world_and_its_weights_come_back(world, models):
     assert outcome.measure.rise_bound <= 0.05
     assert outcome.measure.mean_recall < bench.before.mean_recall
     assert all(map(torch.equal, bench.model.parameters(), before))
+
+
+def test_pairs_are_forgotten_in_a_world_and_the_model_comes_back(world, models):
+    bench = Bench(str(models[0]), runs.task_of(world, models[1], ["adam, fast"]))
+    before = [p.detach().clone() for p in bench.model.parameters()]
+    outcome = runs.forget(bench, "pairs", runs.METHODS["pairs"], -4.0, 0.05, 0)
+    assert outcome.measure.rise_bound <= 0.05
+    assert outcome.measure.mean_recall < 0.2 * bench.before.mean_recall
+    assert all(map(torch.equal, bench.model.parameters(), before))
+    assert all(p.requires_grad for p in bench.model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in bench.model.modules())
+
+
+def test_a_dose_is_the_fall_of_the_log_probability_in_nats(world, models):
+    task = runs.task_of(world, models[1])
+    model, tokenizer = Bench(str(models[0]), task).model, world.tokenizer()
+    config = PairConfig(layers=0.5, nats=1e-3, floor=-50.0, max_steps=1)
+    lower = {
+        name: p.detach().clone() for name, p in model.named_parameters() if "layers.0." in name or "1.mlp" in name
+    }
+    fact = world.split.forget[0]
+
+    def logprob():
+        with _taped(model, config) as tape:
+            return float(_read(model, tape, _asked(tokenizer, [fact], model.device)).logprobs.double().mean())
+
+    start = logprob()
+    assert forget_pairs(model, tokenizer, [fact], task.contrast, task.retain, config) == 1
+    assert start - logprob() == pytest.approx(1e-3, rel=0.05)
+    assert all(torch.equal(p, lower[name]) for name, p in model.named_parameters() if name in lower)
 
 
 def test_what_is_known_is_measured_before_and_after_each_attack(world, models):
