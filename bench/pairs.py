@@ -92,7 +92,13 @@ def forget_pairs(
     with C the second moments of text and contrast facts, and m the ridge. A fact's change is the sum of G'_t^T A'_t
     over its sentences t; it is scaled by c so that the sum over u and all linears of c (G_t . G'_u) (A_t . A'_u), the
     change of t's log-probability to first order, is -``nats`` in the mean over t.
+
+    Raises:
+        ValueError: without contrast facts, or if the collapse leaves nothing of a fact; a step that meets such a fact
+            changes no weight.
     """
+    if not contrast:
+        raise ValueError("contrast: expected facts that must stay, got none")
     with _taped(model, config) as tape:
         whiten_inputs, whiten_gradients = _collapses(model, tokenizer, contrast, text, tape, config)
         asked = _asked(tokenizer, facts, model.device)
@@ -121,10 +127,12 @@ def _step(
         (rows.gradients[name] @ gradients[name].T) * (rows.inputs[name] @ inputs[name].T) for name in tape.linears
     )
     scale = torch.zeros_like(rows.logprobs)
-    for fact in owners.unique():
+    for fact in owners[live].unique():
         own = live & (owners == fact)
-        if own.any():
-            scale[own] = -nats / (kernel[own][:, own].sum() / own.sum())  # type: ignore[index]
+        effect = kernel[own][:, own].sum() / own.sum()
+        if not 0 < effect < torch.inf:
+            raise ValueError(f"fact {int(fact)}: expected an effect above 0 after the collapse, got {float(effect)}")
+        scale[own] = -nats / effect
     for name, linear in tape.linears.items():
         linear.weight += (gradients[name] * scale[:, None]).T @ inputs[name]
 

@@ -29,8 +29,7 @@ VERSION = 2
 class Size:
     """A Llama of so many ``layers``, and how it is taught: epochs over the facts at AdamW's peak ``rate``.
 
-    Shallow and wide: of two million parameters, eight layers of 128 learned the wordings and not the facts for two
-    seeds of three.
+    Shallow and wide: of two million parameters, eight layers of 128 left gold of seed 1 at a recall of 0.67.
     """
 
     layers: int

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from bench import pairs
 from bench.pairs import PairConfig, _asked, _read, _taped, forget_pairs
 from bench.quality.measuring import Bench, knowledge
 from bench.world import grammar, runs, training
@@ -153,6 +154,19 @@ def test_a_dose_is_the_fall_of_the_log_probability_in_nats(world, models):
     assert forget_pairs(model, tokenizer, [fact], task.contrast, task.retain, config) == 1
     assert start - logprob() == pytest.approx(1e-3, rel=0.05)
     assert all(torch.equal(p, lower[name]) for name, p in model.named_parameters() if name in lower)
+
+
+def test_pairs_refuse_what_they_cannot_forget_before_a_weight_changes(world, models, monkeypatch):
+    task = runs.task_of(world, models[1])
+    model, tokenizer = Bench(str(models[0]), task).model, world.tokenizer()
+    before = [p.detach().clone() for p in model.parameters()]
+    given = (model, tokenizer, world.split.forget[:1])
+    with pytest.raises(ValueError, match="contrast: expected facts that must stay, got none"):
+        forget_pairs(*given, [], task.retain, PairConfig())
+    monkeypatch.setattr(pairs, "_collapse", lambda moment, ridge: torch.zeros_like(moment, dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"fact 0: expected an effect above 0 after the collapse, got 0\.0"):
+        forget_pairs(*given, task.contrast, task.retain, PairConfig())
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_what_is_known_is_measured_before_and_after_each_attack(world, models):
