@@ -16,11 +16,151 @@ MODES = ("orthogonal", "sequential", "soft")
 STATISTICS = ("tokens", "weight_gradients")
 
 
+def _check_common(config: CIRConfig | BreakingConfig) -> None:
+    """What both kinds of configuration have."""
+    if config.rounding not in ROUNDINGS:
+        raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}, got {config.rounding!r}")
+    _require(config.retain_length >= 8, "retain_length", "at least 8", config.retain_length)
+    _require(
+        config.retain_tokens >= config.retain_length, "retain_tokens", "at least retain_length", config.retain_tokens
+    )
+    _require(config.budget > 0, "budget", "a positive number", config.budget)
+    recall = config.target_recall
+    _require(recall is None or 0 <= recall <= 1, "target_recall", "0 to 1", recall)
+    tokens = config.disruption_tokens
+    _require(tokens is None or tokens >= 1, "disruption_tokens", "at least 1", tokens)
+
+
+def _check_rounding(self: CIRConfig | BreakingConfig, dtype: torch.dtype) -> None:
+    """Raise ValueError if weights of ``dtype`` cannot be rounded so."""
+    valid = self.rounding != "compensated" or dtype == torch.bfloat16
+    _require(valid, "rounding", "bfloat16 weights for compensated", dtype)
+
+
+def _require(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
 @dataclass(frozen=True)
 class CIRConfig:
-    """How to unlearn (arXiv 2509.11816). The defaults work on a model of 135M parameters as they stand.
+    """How to forget facts, see docs/method.md; nothing is in units of one model.
 
-    Rates do not transfer between sizes: :meth:`paper` has the authors' for Llama-3.1-8B.
+    Attributes:
+        layers: of the model that are updated, from the top: a share of its depth.
+        dose: by how many nats a step is to lower the log-probability of each fact's answers, to first order.
+        floor: log-probability at which an answer counts as gone.
+        relearning_steps: after each step, relearn a part of the facts in so many steps, and step along what the others
+            come back by; 0 for none. Where there is but one fact, there is nothing to relearn from.
+        relearning_floor: log-probability at which an answer counts as gone after that.
+        folds: parts of the facts, of which each is asked after the others were relearned.
+        max_change: of a fact, the Frobenius norm of one step over that of all weights updated, at most.
+        ridge_activation, ridge_gradient: m of the soft collapse, in mean eigenvalues of what is collapsed: directions
+            that are used less than this are free.
+        contrast_weight: of the contrast facts' activations beside the text's, each as a mean over tokens.
+        text_weight: of the text's own gradients beside the contrast facts', each as a mean over tokens.
+        rank: directions collapsed at each site; an int is a number, a float a share of the site's width.
+        rounding: of updated 16-bit weights, see :func:`cir_kernels.outer_update_`: ``nearest`` drops what is less
+            than half a unit in the last place; ``stochastic`` keeps it on average, and ``compensated`` in 16 further
+            bits of each updated bfloat16 weight.
+        batch_size: facts of a step. max_length: tokens allowed in a sentence.
+        retain_length: tokens of a window of retain text. retain_tokens: of the whole text, used at most.
+        max_steps: at most. check_every: steps between measurements.
+        budget: highest relative rise of the loss on the disruption text. worst_window: highest rise of one of its
+            windows, in nats a token.
+        disruption_tokens: tokens of that text measured, half of them where it is nearest the facts, the others evenly
+            spread; None for all. The fewer they are, the larger the standard error that is kept free below the budget.
+        full_check: at the end, measure all of that text, and where the loss rose by more than the budget, go back on
+            the line to the model as it came. Takes one measurement of the text more at the start, too.
+        target_recall: stop once mean recall is at or below this; None to go on until every answer is gone.
+        seed: of every random choice.
+    """
+
+    layers: float = 0.3
+    dose: float = 1.0
+    floor: float = -6.0
+    relearning_steps: int = 3
+    relearning_floor: float = -4.5
+    folds: int = 2
+    max_change: float = 0.05
+    ridge_activation: float = 3e-3
+    ridge_gradient: float = 1e-2
+    contrast_weight: float = 10.0
+    text_weight: float = 1.0
+    rank: float = 1.0
+    rounding: str = "stochastic"
+    batch_size: int = 64
+    max_length: int = 128
+    retain_length: int = 128
+    retain_tokens: int = 8192
+    max_steps: int = 40
+    check_every: int = 10
+    budget: float = 0.001
+    worst_window: float = 0.05
+    disruption_tokens: int | None = 32768
+    full_check: bool = False
+    target_recall: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.layers <= 1, "layers", "a share of the depth, above 0 and at most 1", self.layers)
+        for name in ("dose", "max_change", "ridge_activation", "ridge_gradient", "budget", "worst_window"):
+            value = getattr(self, name)
+            _require(value > 0 and math.isfinite(value), name, "a positive number", value)
+        for name in ("floor", "relearning_floor"):
+            value = getattr(self, name)
+            _require(value < 0 and math.isfinite(value), name, "a log-probability below 0", value)
+        for name in ("contrast_weight", "text_weight", "relearning_steps"):
+            value = getattr(self, name)
+            _require(value >= 0 and math.isfinite(value), name, "zero or more", value)
+        for name in ("batch_size", "max_steps", "check_every"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.folds >= 2, "folds", "at least 2", self.folds)
+        valid = self.rank >= 1 if isinstance(self.rank, int) else 0 < self.rank <= 1
+        _require(valid, "rank", "1 or more directions, or a share above 0 and at most 1", self.rank)
+        _check_common(self)
+
+    def first_layer(self, depth: int) -> int:
+        """The lowest layer whose weights change."""
+        return depth - max(1, round(self.layers * depth))
+
+    check_rounding = _check_rounding
+
+    @classmethod
+    def paper(cls) -> BreakingConfig:
+        """The authors' configuration for Llama-3.1-8B (arXiv 2509.11816)."""
+        return BreakingConfig()
+
+    @classmethod
+    def repselect(cls) -> BreakingConfig:
+        """RepSelect (arXiv 2606.17168), the authors' later method, as a variant of that: the leading components of
+        each weight gradient, from both sides, scaled by lambda_min / lambda_i.
+        """
+        return BreakingConfig(
+            mode="soft",
+            statistics="weight_gradients",
+            rate=3.0,
+            retain_rate=0.0,
+            rounding="stochastic",
+            retain_batch_size=8,
+            max_epochs=10,
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> CIRConfig | BreakingConfig:
+        """``default``, ``paper`` or ``repselect``."""
+        presets: dict[str, Callable[[], CIRConfig | BreakingConfig]] = {
+            "default": cls,
+            "paper": cls.paper,
+            "repselect": cls.repselect,
+        }
+        return presets[name]()
+
+
+@dataclass(frozen=True)
+class BreakingConfig:
+    """How to unlearn as the paper does (arXiv 2509.11816): break what the MLPs say. The defaults are its own, for
+    Llama-3.1-8B; rates do not transfer between sizes.
 
     Attributes:
         loss_layers: first and one past the last layer whose MLP output is broken; fractions of the depth
@@ -28,21 +168,14 @@ class CIRConfig:
         update_loss_layers: update these too, as the paper does.
         mode: collapse, ``orthogonal``, ``sequential`` (the paper's) or ``soft`` (RepSelect's).
         statistics: whose components are common: those of the facts' ``tokens``, or of their ``weight_gradients``.
-        rank_activation, rank_gradient: directions collapsed at each kind of site, the mean included; 0 for none.
-        rank_background: directions of the retain text's activations collapsed as well; 0 as in the paper.
-            Of each rank, an int is a number of directions, a float a share of the site's width.
+        rank_activation, rank_gradient: directions collapsed at each kind of site, the mean included; 0 for none. An int is a
+            number of directions, a float a share of the site's width.
         exact: solve bases from full D x D scatters instead of sketches. Slow and large; a check.
         rate: r, the Frobenius norm of each forget step over all weights together.
         retain_rate: learning rate of the retain step that follows each forget step; 0 leaves it out.
-        growth_weight: of a second term of a forget step's loss, by which what the MLPs say of the facts must not
-            grow, see :func:`cir.forgetting.objectives.mlp_growth`: it spares text with the words that all facts
-            share, and takes more epochs. 0 as in the paper.
         rounding: of updated 16-bit weights, see :func:`cir_kernels.outer_update_`: ``nearest`` drops what is less
             than half a unit in the last place, most of a step on a large model; ``stochastic`` keeps it on average,
             and ``compensated`` in 16 further bits of each updated bfloat16 weight.
-        to_answers: break the facts' sentences only up to the first token of the answer, the target of a probe; see
-            :func:`cir.data.tokens.rows_to_answers`. Sentences of facts without probes are always whole.
-        word_dropout: beside each sentence, break one without this share of its tokens, drawn once; 0 for none.
         batch_size: sentences a forget step. retain_batch_size: windows a retain step.
         retain_length: tokens of a retain window. retain_tokens: of the whole text, used at most.
         max_length: tokens allowed in a sentence.
@@ -52,35 +185,31 @@ class CIRConfig:
         disruption_tokens: tokens of that text measured after each epoch, half of them where it is nearest the facts,
             the others evenly spread; None for all. The fewer they are, the larger the standard error that is kept
             free below the budget.
-        full_check: at the end, measure all of that text, and where the loss rose by more than the budget, go back on
-            the line to the model as it came. Takes one measurement of the text more at the start, too.
-        target_recall: stop once mean recall is at or below this; None to go on to the budget.
+        worst_window: highest rise of one of its windows, in nats a token; None for no bound, as in the paper.
+        full_check, target_recall: as in :class:`CIRConfig`.
         seed: of every random choice.
     """
 
     loss_layers: LayerRange = (6 / 32, 12 / 32)
-    update_loss_layers: bool = False
-    mode: str = "orthogonal"
+    update_loss_layers: bool = True
+    mode: str = "sequential"
     statistics: str = "tokens"
-    rank_activation: float = 12
-    rank_gradient: float = 12
-    rank_background: float = 0.5
+    rank_activation: float = 24
+    rank_gradient: float = 36
     exact: bool = False
-    rate: float = 3.0
-    retain_rate: float = 0.03
-    growth_weight: float = 0.3
-    rounding: str = "stochastic"
-    to_answers: bool = True
-    word_dropout: float = 0.4
+    rate: float = 0.2
+    retain_rate: float = 3e-4
+    rounding: str = "nearest"
     batch_size: int = 32
-    retain_batch_size: int = 8
+    retain_batch_size: int = 12
     retain_length: int = 128
     retain_tokens: int = 16384
     max_length: int = 128
     skip_first: int = 1
-    max_epochs: int = 10
+    max_epochs: int = 16
     budget: float = 0.001
     disruption_tokens: int | None = 32768
+    worst_window: float | None = None
     full_check: bool = False
     target_recall: float | None = None
     seed: int = 0
@@ -90,93 +219,27 @@ class CIRConfig:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
         if self.statistics not in STATISTICS:
             raise ValueError(f"statistics: expected one of {', '.join(STATISTICS)}, got {self.statistics!r}")
-        if self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
         for name in ("batch_size", "retain_batch_size", "max_epochs"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("rank_activation", "rank_gradient", "rank_background"):
+        for name in ("rank_activation", "rank_gradient"):
             rank = getattr(self, name)
             valid = rank >= 0 and (isinstance(rank, int) or rank < 1)
             _require(valid, name, "0 or more directions, or a share below 1", rank)
-        _require(self.retain_length >= 8, "retain_length", "at least 8", self.retain_length)
-        _require(
-            self.retain_tokens >= self.retain_length,
-            "retain_tokens",
-            "at least retain_length",
-            self.retain_tokens,
-        )
         _require(self.skip_first >= 0, "skip_first", "at least 0", self.skip_first)
         _require(self.rate > 0 and math.isfinite(self.rate), "rate", "a positive number", self.rate)
         finite = math.isfinite(self.retain_rate)
         _require(self.retain_rate >= 0 and finite, "retain_rate", "zero or more", self.retain_rate)
-        finite = math.isfinite(self.growth_weight)
-        _require(self.growth_weight >= 0 and finite, "growth_weight", "zero or more", self.growth_weight)
-        _require(self.budget > 0, "budget", "a positive number", self.budget)
-        _require(0 <= self.word_dropout < 1, "word_dropout", "a share from 0 to below 1", self.word_dropout)
-        recall = self.target_recall
-        _require(recall is None or 0 <= recall <= 1, "target_recall", "0 to 1", recall)
-        tokens = self.disruption_tokens
-        _require(tokens is None or tokens >= 1, "disruption_tokens", "at least 1", tokens)
+        _check_common(self)
         self.layers(2**20)
 
-    def check_rounding(self, dtype: torch.dtype) -> None:
-        """Raise ValueError if weights of ``dtype`` cannot be rounded so."""
-        valid = self.rounding != "compensated" or dtype == torch.bfloat16
-        _require(valid, "rounding", "bfloat16 weights for compensated", dtype)
+    check_rounding = _check_rounding
 
     def check_ranks(self, sites: Iterable[Site]) -> None:
         """Raise ValueError if more directions are to be collapsed at a site than it has."""
         for site in sites:
-            names = ["rank_background", "rank_activation"] if site.kind == "activation" else ["rank_gradient"]
-            rank = sum(rank_at(site, getattr(self, name)) for name in names)
-            _require(rank <= site.width, " + ".join(names), f"at most {site.width}, the width of {site.name}", rank)
-
-    @classmethod
-    def paper(cls) -> CIRConfig:
-        """The authors' configuration for Llama-3.1-8B."""
-        return cls(
-            update_loss_layers=True,
-            mode="sequential",
-            rank_activation=24,
-            rank_gradient=36,
-            rank_background=0,
-            rate=0.2,
-            retain_rate=3e-4,
-            growth_weight=0.0,
-            rounding="nearest",
-            to_answers=False,
-            word_dropout=0.0,
-            retain_batch_size=12,
-            max_epochs=16,
-        )
-
-    @classmethod
-    def repselect(cls) -> CIRConfig:
-        """RepSelect (arXiv 2606.17168), the authors' later method, as a variant of this one: the leading components
-        of each weight gradient, from both sides, scaled by lambda_min / lambda_i.
-        """
-        return cls(
-            update_loss_layers=True,
-            mode="soft",
-            statistics="weight_gradients",
-            rank_activation=24,
-            rank_gradient=36,
-            rank_background=0,
-            retain_rate=0.0,
-            growth_weight=0.0,
-            to_answers=False,
-            word_dropout=0.0,
-        )
-
-    @classmethod
-    def preset(cls, name: str) -> CIRConfig:
-        """``default``, ``paper`` or ``repselect``."""
-        presets: dict[str, Callable[[], CIRConfig]] = {
-            "default": cls,
-            "paper": cls.paper,
-            "repselect": cls.repselect,
-        }
-        return presets[name]()
+            name = f"rank_{site.kind}"
+            rank = rank_at(site, getattr(self, name))
+            _require(rank <= site.width, name, f"at most {site.width}, the width of {site.name}", rank)
 
     def layers(self, depth: int) -> range:
         """The loss layers of a model of ``depth`` layers.
@@ -205,50 +268,47 @@ class CIRConfig:
 
 @dataclass(frozen=True)
 class EditConfig:
-    """How :class:`cir.Editor` forgets one fact. The defaults are for a model of 135M parameters.
+    """How :class:`cir.Editor` forgets one fact.
 
     Attributes:
-        rate: Frobenius norm of each step over all weights together; halved when neighbours suffer.
+        dose: by how many nats a step is to lower the log-probability of the fact's answer, to first order; halved when
+            neighbours suffer.
         max_steps: steps at most. check_every: steps between looks at the fact.
         target_recall: share of the fact's recall at which it counts as forgotten.
         keep: share of the neighbours' mean recall that must stay. neighbours: facts watched at most.
-        budget: highest relative rise of the text loss in one edit. text_tokens: of the text, measured, evenly spread.
+        budget: highest relative rise of the text loss in one edit. worst_window: highest rise of one window of the text,
+            in nats a token. text_tokens: of the text, measured: half of them nearest the fact, the others evenly spread.
         rank, energy: the change is kept as factors of the smallest rank that holds this share of its squared norm,
             and of this rank at most.
         rounding: of 16-bit weights, see :func:`cir_kernels.outer_update_`.
-        max_length, skip_first: as in :class:`CIRConfig`.
+        max_length: tokens allowed in a sentence.
     """
 
-    rate: float = 2.0
+    dose: float = 1.0
     max_steps: int = 40
     check_every: int = 2
-    target_recall: float = 0.005
+    target_recall: float = 0.01
     keep: float = 0.98
     neighbours: int = 32
     budget: float = 0.001
+    worst_window: float = 0.03
     text_tokens: int = 4096
     rank: int = 16
     energy: float = 0.999
     rounding: str = "stochastic"
     max_length: int = 128
-    skip_first: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.rate > 0 and math.isfinite(self.rate), "rate", "a positive number", self.rate)
+        for name in ("dose", "budget", "worst_window"):
+            value = getattr(self, name)
+            _require(value > 0 and math.isfinite(value), name, "a positive number", value)
         for name in ("max_steps", "check_every", "neighbours", "text_tokens", "rank"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("target_recall", "keep", "energy"):
             _require(0 < getattr(self, name) <= 1, name, "above 0 and at most 1", getattr(self, name))
-        _require(self.budget > 0, "budget", "a positive number", self.budget)
         _require(self.rounding in ("nearest", "stochastic"), "rounding", "nearest or stochastic", self.rounding)
-        _require(self.skip_first >= 0, "skip_first", "at least 0", self.skip_first)
 
 
 def rank_at(site: Site, rank: float) -> int:
     """A rank as a number of directions: an int is one, a float a share of the site's width."""
     return rank if isinstance(rank, int) else round(rank * site.width)
-
-
-def _require(holds: bool, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got}")

@@ -156,6 +156,30 @@ def check_apart(first: Sequence[Fact], second: Sequence[Fact]) -> None:
             raise ValueError(f"expected splits with no {what} in common, got {len(shared)}: {', '.join(shared[:3])}")
 
 
+def check_contrast(facts: Sequence[Fact], contrast: Sequence[Fact]) -> None:
+    """Check that no fact is to go and to stay.
+
+    Raises:
+        ValueError: if a contrast fact has the id, a sentence, or a probe (prompt and target) of one of ``facts``.
+    """
+
+    def said(fact: Fact) -> set[tuple[str, ...]]:
+        asked = {("probe", p.prompt.strip(), p.target.strip()) for p in fact.probes + fact.paraphrases}
+        named = (
+            set() if re.fullmatch(r"fact-\d+", fact.id) else {("id", fact.id)}
+        )  # those are numbers of a list's own
+        return {*named, *(("sentence", s.strip()) for s in fact.sentences), *asked}
+
+    owners = {what: fact.id for fact in facts for what in said(fact)}
+    both = [(fact.id, owners[what], what) for fact in contrast for what in sorted(said(fact)) if what in owners]
+    if both:
+        contrasted, forgotten, what = both[0]
+        raise ValueError(
+            f"contrast: expected facts that must stay, got {contrasted!r} with the {what[0]} of {forgotten!r}, which is "
+            f"to be forgotten: {' -> '.join(what[1:])!r} ({len({b[0] for b in both})} such facts)"
+        )
+
+
 def split_facts(facts: Sequence[Fact], share: float = 0.8, seed: int = 0) -> tuple[list[Fact], list[Fact]]:
     """About ``share`` of the facts for an attacker to relearn (T), and the others to be probed (V).
 

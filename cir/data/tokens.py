@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,28 +119,57 @@ def sentence_rows(tokenizer: Any, fact: Fact, max_length: int, skip_first: int) 
     return rows
 
 
-def rows_to_answers(tokenizer: Any, fact: Fact, max_length: int, skip_first: int) -> list[list[int]]:
-    """The token ids of each sentence up to the first of the answer, which is the target of a probe.
+@dataclass(frozen=True)
+class Statement:
+    """A sentence of a fact up to the end of its answer.
 
-    What leads to the answer is to be forgotten, not the answer: changed at its own tokens, a capital is lost to
-    all text that mentions it. A sentence that begins with the answer is left out; where every one does, or the
-    fact has no probe, all are whole.
+    Attributes:
+        ids: of its tokens. told: places among them, 1 and above, of the tokens that tell the fact: those of the answer,
+            the target of a probe, or all but the first where there is no answer in it.
+    """
+
+    ids: list[int]
+    told: range
+
+
+def statements(tokenizer: Any, fact: Fact, max_length: int) -> list[Statement]:
+    """The sentences of ``fact``, cut after the answer, from which on a text has it anyway.
+
+    A sentence that begins with the answer leads to nothing and is left out; where every one does, all are whole.
 
     Raises:
-        ValueError: as :func:`sentence_batches`.
+        ValueError: as :func:`sentence_rows`.
     """
-    rows = sentence_rows(tokenizer, fact, max_length, skip_first)
+    rows = sentence_rows(tokenizer, fact, max_length, 0)
     answers = [answer_pattern(probe.target.strip()) for probe in fact.probes]
     cut = []
     for row, sentence in zip(rows, fact.sentences, strict=True):
-        starts = [match.start() for answer in answers if (match := answer.search(sentence))]
-        if starts:
-            # A token that spans both sides of the cut is the answer's.
-            head = tokenizer(sentence[: min(starts)].rstrip())["input_ids"]
-            same = [a == b for a, b in zip(row, head, strict=False)]
-            row = row[: [*same, False].index(False) + 1]
-        cut.append(row)
-    return [row for row in cut if len(row) >= skip_first + 2] or rows
+        found = min((match for answer in answers if (match := answer.search(sentence))), key=_start, default=None)
+        if found is None:
+            cut.append(Statement(row, range(1, len(row))))
+            continue
+        start = _common(row, tokenizer(sentence[: found.start()].rstrip())["input_ids"])
+        upto = tokenizer(sentence[: found.end()])["input_ids"]
+        # A token that spans either end of the answer is the answer's.
+        stop = max(start + 1, _common(row, upto) + (row[: len(upto)] != upto))
+        cut.append(Statement(row[:stop], range(start, min(stop, len(row)))))
+    kept = [statement for statement in cut if statement.told and statement.told[0] >= 1 + _opening(tokenizer)]
+    return kept or [Statement(row, range(1, len(row))) for row in rows]
+
+
+def _start(match: re.Match[str]) -> int:
+    return match.start()
+
+
+def _common(row: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    same = [a == b for a, b in zip(row, other, strict=False)]
+    return [*same, False].index(False)
+
+
+def _opening(tokenizer: Any) -> int:
+    """Special tokens, BOS say, that open every sentence."""
+    return len(tokenizer("")["input_ids"])
 
 
 def windows(tokenizer: Any, text: str, length: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,17 +12,17 @@ from torch import Tensor
 
 from cir.config import CIRConfig, EditConfig
 from cir.data.facts import Fact, load_facts, probed
-from cir.data.sampling import sample
+from cir.data.sampling import Sample, sample
 from cir.data.shipped import builtin_text
-from cir.data.tokens import Batch, pad, rows_to_answers, windows
-from cir.editing.edits import Edit, State, add_factors, factorise, spanned
+from cir.data.tokens import statements, windows
+from cir.editing.edits import Edit, State, add_factors, factorise
 from cir.editing.journal import Journal
 from cir.editing.turns import Turns
 from cir.forgetting.fitting import Subspaces, check_fitted_on
-from cir.forgetting.forgetter import Forgetter
-from cir.forgetting.update import add_outer, fingerprint, restore, selective_step, snapshot
+from cir.forgetting.forgetter import Forgetter, Step
+from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import WINDOW, loss_rise, mean_recall, recall, token_losses
-from cir.model.capture import Tokens, capture
+from cir.model.capture import Tokens, answering
 from cir.model.sites import find_stack
 from cir.proof.relearning import relearn as attack
 
@@ -33,8 +32,10 @@ RETURNED = 0.05
 """A forgotten fact is back when it is recalled at more than this share of what it was."""
 NEIGHBOURS_EVERY = 4
 """Looks at the fact, at most, between looks at its neighbours, which cost several times as much."""
-SMALLEST_RATE = 1 / 8
-"""Share of the first rate below which neighbours that still suffer end the edit."""
+SMALLEST_DOSE = 1 / 8
+"""Share of the first dose below which neighbours that still suffer end the edit."""
+LOWEST = -20.0
+"""Log-probability at which nothing is left of an answer: recall ends an edit before that."""
 Update = tuple[Tokens, float]
 """The collapsed rows of a step, and its scale."""
 
@@ -62,7 +63,7 @@ class Editor:
         model, tokenizer: as for :func:`cir.unlearn`; the model that ``subspaces`` were fitted on.
         subspaces: of :meth:`Subspaces.fit`, with contrast facts.
         neighbours: facts that must stay, watched during each edit; by default the contrast facts.
-        text: on which the loss is measured; the built-in text if None.
+        text: on which the loss is measured, half of it where it is nearest the fact; the built-in text if None.
         journal: a file to keep the edits in. One that exists is done again first.
         config: see :class:`EditConfig`.
 
@@ -85,26 +86,22 @@ class Editor:
         self._model, self._tokenizer, self._subspaces = model, tokenizer, subspaces
         self.config = config or EditConfig()
         stack = find_stack(model)
-        layers = subspaces.fitted_on.get("layers") or range(len(stack.mlps))
-        self._stack, self._layers = stack, layers
-        self._targets = stack.targets(layers[-1])
+        self._stack, self._first = stack, subspaces.fitted_on.get("layers", [0])[0]
+        self._targets = stack.writers(self._first)
         self.fingerprint = fingerprint(self._targets)
         check_fitted_on(subspaces, self.fingerprint)
         watched = subspaces.fitted_on["contrast"] if neighbours is None else neighbours
         facts = [probed(fact) for fact in load_facts(watched)] if watched else []
         every = -(-len(facts) // self.config.neighbours) or 1
         self._neighbours = [replace(fact, probes=fact.probes[:1]) for fact in facts[::every]]
-        rows = windows(tokenizer, builtin_text() if text is None else text, WINDOW)
-        self._text = sample(rows, self.config.text_tokens)
+        self._rows = windows(tokenizer, builtin_text() if text is None else text, WINDOW)
         self._base = snapshot(self._targets)
         self._entries: list[_Entry] = []
-        self._losses: dict[tuple[int, ...], Tensor] = {}
         self._turns = Turns()
         self._journal = None if journal is None else Journal(journal, self.fingerprint)
         try:
             if self._journal is not None and self._journal.records:
                 self._replay(self._journal)
-            self._losses_now()  # here, so that the first edit does not wait for it
         except BaseException:
             self.close()
             raise
@@ -134,7 +131,7 @@ class Editor:
         """Make the model forget one fact: a :class:`Fact`, an object :func:`load_facts` reads, or a sentence.
 
         Steps are taken until recall is at ``target_recall`` of what it was. When neighbours suffer, the steps
-        since the last look are taken back and the rate is halved. What is applied is the sum of the steps as
+        since the last look are taken back and the dose is halved. What is applied is the sum of the steps as
         low-rank factors; where the text does not bear it, half of the steps. The edit says what was measured then,
         and whether the fact is :attr:`Edit.forgotten`: the bounds may have left it partly known.
 
@@ -148,18 +145,17 @@ class Editor:
         if isinstance(fact, str):
             fact = {"id": fact, "sentences": [fact]}
         fact = probed(load_facts([fact])[0])
-        rows = rows_to_answers(self._tokenizer, fact, self.config.max_length, self.config.skip_first)
+        statements(self._tokenizer, fact, self.config.max_length)  # refuses what cannot be read
         with self._turns:
             before = self._known(fact)
             try:
-                edit, losses = self._forget(fact, pad(rows).to(self._model.device), before)
+                edit = self._forget(fact, before)
                 edit = replace(edit, seconds=time.perf_counter() - started)
                 self._record("edit", {"id": edit.id}, edit.to_bytes())
             except BaseException:
                 self._write(self._active())
                 raise
             self._entries.append(_Entry(edit, "active"))
-            self._losses[self._in_effect()] = losses
             return edit
 
     def undo(self, edit: Edit | None = None) -> Edit:
@@ -228,10 +224,11 @@ class Editor:
             active = self._active()
             try:
                 self._write([other for other in active if other.number < entry.edit.number])
-                original = token_losses(self._model, self._text.rows)
+                text = self._near(entry.edit.fact)
+                original = token_losses(self._model, text.rows)
                 self._write([edit if other.number == entry.edit.number else other for other in active])
                 fact = entry.edit.fact
-                state = self._state(fact, original)[0]
+                state = self._state(fact, text, original)
                 if relearn is None:
                     return state
                 last = attack(self._model, self._tokenizer, relearn, [fact], progress=False)[-1]
@@ -239,10 +236,11 @@ class Editor:
             finally:
                 self._write(active)
 
-    def _forget(self, fact: Fact, batch: Batch, before: State) -> tuple[Edit, Tensor]:
-        """The edit, in place and measured, and the text losses with it."""
-        config, original = self.config, self._losses_now()
-        updates, full, stopped = self._walk(fact, batch, before)
+    def _forget(self, fact: Fact, before: State) -> Edit:
+        """The edit, in place and measured."""
+        config, text = self.config, self._near(fact)
+        original = token_losses(self._model, text.rows)
+        updates, full, stopped = self._walk(fact, before)
         while updates:
             factors, energy = factorise(self._targets, updates, config.rank, config.energy)
             edit = Edit(
@@ -260,11 +258,11 @@ class Editor:
                 fingerprint=self.fingerprint,
             )
             self._write([*self._active(), edit])
-            after, losses = self._state(fact, original)
-            if after.rise > config.budget:
+            after = self._state(fact, text, original)
+            if after.rise > config.budget or after.worst > config.worst_window:
                 updates, stopped = updates[: len(updates) // 2], "budget spent"
             elif after.recall < before.recall:
-                return replace(edit, after=after), losses
+                return replace(edit, after=after)
             else:
                 raise EditError(
                     f"fact {fact.id!r}: expected recall to fall from {before.recall:.3f}, got {after.recall:.3f}; "
@@ -272,34 +270,32 @@ class Editor:
                 )
         raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
 
-    def _walk(self, fact: Fact, batch: Batch, before: State) -> tuple[list[Update], State, str]:
+    def _walk(self, fact: Fact, before: State) -> tuple[list[Update], State, str]:
         """Steps in place until the fact is forgotten: those kept, the model after the last, why it stopped."""
         config = self.config
-        rate, goal = config.rate, config.target_recall * before.recall
-        seeds, state = itertools.count(1), before
-        # Edits that move along shared directions harm by the square of their number: each leaves out the others'.
-        common = self._subspaces.then(spanned(self._targets, [edit.factors for edit in self.edits], self._subspaces))
+        share, goal, state = 1.0, config.target_recall * before.recall, before
+        settings = CIRConfig(
+            dose=config.dose, floor=LOWEST, rounding=config.rounding, max_length=config.max_length, relearning_steps=0
+        )
         kept: list[Update] = []
-        with capture(self._model, self._stack, self._layers[-1]) as tape:
-            # What other facts begin with, the contrast facts keep; to hold down the rest costs steps.
-            as_unlearning = CIRConfig(skip_first=config.skip_first, growth_weight=0.0)
-            forgetter = Forgetter(tape, self._targets, self._layers, [batch], [], as_unlearning, common)
+        with answering(self._model, self._stack, self._first) as tape:
+            forgetter = Forgetter(tape, self._targets, self._tokenizer, [fact], self._subspaces, settings)
             while len(kept) < config.max_steps:
                 new: list[Update] = []
                 for _ in range(NEIGHBOURS_EVERY * config.check_every):
-                    tokens = common.collapse_(forgetter.forget_tokens(0)[1])
-                    norm = selective_step(self._targets, tokens, rate, config.rounding, next(seeds))
-                    if norm == 0:
-                        return kept, state, "nothing left to break"
-                    new.append((tokens, -rate / norm))
+                    step = forgetter.step()
+                    if not any(rows.any() for rows in step.tokens.values()):
+                        return kept, state, "nothing left to forget"
+                    forgetter.apply(step, share)
+                    new.append((step.tokens, share))
                     if len(new) % config.check_every == 0 and self._recall(fact) <= goal:
                         break
                 now = self._look(fact)
                 if self._harmed(now, before):
                     for tokens, scale in reversed(new):
-                        add_outer(self._targets, tokens, -scale, config.rounding, next(seeds))
-                    rate /= 2
-                    if rate < config.rate * SMALLEST_RATE:
+                        forgetter.apply(Step(tokens), -scale)
+                    share /= 2
+                    if share < SMALLEST_DOSE:
                         return kept, state, "neighbours suffer"
                     continue
                 kept, state = kept + new, now
@@ -325,10 +321,15 @@ class Editor:
             )
         return before
 
-    def _state(self, fact: Fact, original: Tensor) -> tuple[State, Tensor]:
-        losses = token_losses(self._model, self._text.rows)
-        rise, stderr = loss_rise(losses, original, self._text)
-        return replace(self._look(fact), rise=rise, rise_stderr=stderr), losses
+    def _near(self, fact: Fact) -> Sample:
+        """Windows of the text, half of them those nearest the fact."""
+        return sample(self._rows, self.config.text_tokens, self._tokenizer(list(fact.sentences))["input_ids"])
+
+    def _state(self, fact: Fact, text: Sample, original: Tensor) -> State:
+        losses = token_losses(self._model, text.rows)
+        rise, stderr = loss_rise(losses, original, text)
+        worst = float((losses - original).mean(1).max())
+        return replace(self._look(fact), rise=rise, rise_stderr=stderr, worst=worst)
 
     def _recall(self, fact: Fact) -> float:
         return recall(self._model, self._tokenizer, [fact])[fact.id]
@@ -338,16 +339,6 @@ class Editor:
         others = [n for n in self._neighbours if n.id != fact.id and n.sentences != fact.sentences]
         recalls = recall(self._model, self._tokenizer, [fact, *others])
         return State(recalls.pop(fact.id), mean_recall(recalls))
-
-    def _losses_now(self) -> Tensor:
-        """Of each token of the text, measured once for every set of edits."""
-        key = self._in_effect()
-        if key not in self._losses:
-            self._losses[key] = token_losses(self._model, self._text.rows)
-        return self._losses[key]
-
-    def _in_effect(self) -> tuple[int, ...]:
-        return tuple(edit.number for edit in self.edits)
 
     def _active(self) -> list[Edit]:
         return [entry.edit for entry in self._entries if entry.status == "active"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,15 +14,12 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from cir.data.facts import Fact, load_facts
-from cir.forgetting.subspace import SiteSubspaces, Subspace
 from cir.model.capture import Tokens
 from cir.model.checkpoints import check_output, write_folder
 from cir.model.sites import Target, find_stack
 from cir_kernels import outer_norm_sq, outer_update_
 
 FORMAT = "cir-edit-1"
-SPANNED = 12
-"""Directions of an earlier edit that later ones leave alone, at each site."""
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By linear: B (r, D_out) and A (r, D_in), of which B^T A is added to its weight."""
 
@@ -34,7 +30,8 @@ class State:
 
     Attributes:
         recall: mean recall of the edit's fact. neighbours: of the neighbours watched, None where there are none.
-        rise: relative rise of the text loss since before the edit. rise_stderr: its standard error.
+        rise: relative rise of the text loss since before the edit. rise_stderr: its standard error. worst: highest
+            rise of one window of it, in nats a token.
         relearned: recall of the fact after the relearning attack, where that was measured.
     """
 
@@ -42,6 +39,7 @@ class State:
     neighbours: float | None
     rise: float = 0.0
     rise_stderr: float = 0.0
+    worst: float = 0.0
     relearned: float | None = None
 
 
@@ -117,7 +115,8 @@ class Edit:
     def targets_in(self, model: Any) -> list[Target]:
         """The linears of ``model`` that this edit changes."""
         stack = find_stack(model)
-        by_name = {target.name: target for target in stack.targets(len(stack.mlps) - 1)}
+        every = [*stack.targets(len(stack.mlps) - 1), *stack.writers(0)]
+        by_name = {target.name: target for target in every}
         for name, (b, a) in self.factors.items():
             shape = (b.shape[1], a.shape[1])
             found = tuple(by_name[name].linear.weight.shape) if name in by_name else "no such linear"
@@ -235,35 +234,6 @@ def factorise(
         dtype = target.linear.weight.dtype
         factors[target.name] = b.to(dtype), a_r.to(dtype)
     return factors, min(1.0, _norm_sq(factors.values()) / max(total, 1e-300))
-
-
-def spanned(targets: Sequence[Target], edits: Sequence[Factors], known: SiteSubspaces) -> SiteSubspaces:
-    """At each site, the leading directions of what ``edits`` change there that ``known`` leaves.
-
-    ``SPANNED`` for each edit, and half of what is left of the site at most.
-    """
-    rows: dict[str, list[Tensor]] = defaultdict(list)
-    for target in targets if edits else ():
-        for factors in edits:
-            b, a = (part.to(target.linear.weight.device) for part in factors[target.name])
-            rows[target.gradient.name].append(b)
-            rows[target.activation.name].append(a)
-    most = SPANNED * len(edits)
-    return SiteSubspaces(
-        {name: _leading(torch.cat(them), known.get(name), most) for name, them in rows.items()}, known.mode
-    )
-
-
-def _leading(rows: Tensor, known: Subspace | None, most: int) -> Subspace:
-    """At most ``most`` orthonormal directions of ``rows`` (N, D), orthogonal to those known."""
-    rows, width = rows.float(), rows.shape[1]
-    smallest = 1e-3 * float(rows.norm())
-    if known is not None:
-        basis = known.basis.to(rows.device)
-        rows, width = rows - rows @ basis @ basis.T, width - basis.shape[1]
-    _, values, vh = torch.linalg.svd(rows, full_matrices=False)
-    kept = min(most, width // 2, int((values > smallest).sum()))
-    return Subspace(vh[:kept].T.contiguous(), None, values[:kept].double().square())
 
 
 def _truncated(g: Sequence[Tensor], a: Sequence[Tensor], rank: int, energy: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from cir.data.facts import Fact
 from cir.data.sampling import sample
-from cir.forgetting.forgetter import EpochLosses
+from cir.forgetting.plan import EpochLosses
 from cir.forgetting.report import Epoch, Measure, Report
 from cir.forgetting.update import NonFiniteError, interpolate, phase, restore, snapshot
 from cir.measures import loss_rise, recall, token_losses
@@ -61,8 +61,8 @@ class Meter:
 class Best:
     """The best state so far inside the budget: its ``weights``, and its measure in the report's ``after``."""
 
-    def __init__(self, targets: Sequence[Target], meter: Meter, report: Report) -> None:
-        self._targets, self._meter, self._report = targets, meter, report
+    def __init__(self, targets: Sequence[Target], meter: Meter, report: Report, rate: float) -> None:
+        self._targets, self._meter, self._report, self._rate = targets, meter, report, rate
         self.weights = snapshot(targets)
         self._untouched = snapshot(targets) if report.config.full_check else self.weights
         self._spare: list[torch.Tensor] | None = None
@@ -70,9 +70,9 @@ class Best:
     def consider(self, number: int, losses: EpochLosses, share: float = 1.0) -> bool:
         """Measure the model after ``share`` of an epoch's change, and report it; whether it is inside the budget."""
         now, config = self._meter.measure(), self._report.config
-        inside = now.rise_bound <= config.budget
+        inside = is_inside(now, config.budget, config.worst_window)
         kept = inside and _better(now, self._report.after)
-        self._report.epochs.append(Epoch(number, share * config.rate, losses.breaking, losses.retain, now, kept))
+        self._report.epochs.append(Epoch(number, share * self._rate, losses.forget, losses.retain, now, kept))
         if kept:
             # Into the second of two, so that one is whole whatever happens meanwhile.
             taken = snapshot(self._targets, into=self._spare)
@@ -88,7 +88,8 @@ class Best:
             self.consider(number, losses, share)
             return report.epochs[-1].measure
 
-        retreat(report.after, report.epochs[-1].measure, report.config.budget, go)
+        config = report.config
+        retreat(report.after, report.epochs[-1].measure, config.budget, go, worst=config.worst_window)
 
     def confirm(self, whole: Meter) -> None:
         """Measure the best state on the ``whole`` text, and go back to the model as it came until inside."""
@@ -98,11 +99,11 @@ class Best:
             return whole.measure()
 
         restore(self._targets, self.weights)
-        budget, now = self._report.config.budget, whole.measure()
+        config, now = self._report.config, whole.measure()
         found: Measure | None = now
-        if now.rise_bound > budget:
+        if not is_inside(now, config.budget, config.worst_window):
             logger.warning("the whole text's loss rose by %.3f %%: going back", 100 * now.rise)
-            found = retreat(whole.before, now, budget, go)
+            found = retreat(whole.before, now, config.budget, go, worst=config.worst_window)
         self._report.before, self._report.after = whole.before, found or whole.before
         self.weights = snapshot(self._targets, into=self._spare) if found else self._untouched
 
@@ -117,30 +118,41 @@ def reached(measure: Measure, target: float | None) -> bool:
     return target is not None and measure.mean_recall is not None and measure.mean_recall <= target
 
 
+def is_inside(now: Measure, budget: float, worst: float | None = None) -> bool:
+    """Whether harm is within the ``budget`` of the mean and, where there is one, the bound of the ``worst`` window."""
+    return now.rise_bound <= budget and (worst is None or now.worst <= worst)
+
+
 def retreat(
-    best: Measure, over: Measure, budget: float, go: Callable[[float, float], Measure], tries: int = RETREATS
+    best: Measure,
+    over: Measure,
+    budget: float,
+    go: Callable[[float, float], Measure],
+    *,
+    worst: float | None = None,
+    tries: int = RETREATS,
 ) -> Measure | None:
     """Back from a model that was measured ``over`` the budget, on the line to where ``best`` was, until inside.
 
     Args:
         go: leaves the model a part of the way that it is from there, and measures it; it is told that part, and the
             share of the whole way that this makes.
-        tries: at most.
+        worst: bound of the worst window, if any. tries: at most.
 
     Returns:
         What was measured inside; None where no try was.
     """
     share = 1.0
     for _ in range(tries):
-        part = share_inside(best, over, budget)
+        part = share_inside(best, over, budget, worst)
         share *= part
         over = go(part, share)
-        if over.rise_bound <= budget:
+        if is_inside(over, budget, worst):
             return over
     return None
 
 
-def share_inside(best: Measure, over: Measure, budget: float) -> float:
+def share_inside(best: Measure, over: Measure, budget: float, worst: float | None = None) -> float:
     """The share of the way from ``best`` to ``over`` that should end just inside: harm is as the square of a length
     that grows in proportion to the way, and so does the standard error.
     """
@@ -150,4 +162,7 @@ def share_inside(best: Measure, over: Measure, budget: float) -> float:
     # The larger root of growth^2 x^2 + linear x = room, in the form that loses no digits where the curve is flat.
     linear = 2 * start * growth + slope
     root = (linear**2 + 4 * growth**2 * max(room, 0.0)) ** 0.5
-    return 0.95 * min(1.0, 2 * max(room, 0.0) / max(linear + root, 1e-30))
+    share = 2 * max(room, 0.0) / max(linear + root, 1e-30)
+    if worst is not None and over.worst > worst:
+        share = min(share, (max(worst - best.worst, 0.0) / (over.worst - best.worst)) ** 0.5)
+    return 0.95 * min(1.0, share)

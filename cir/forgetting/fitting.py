@@ -1,34 +1,41 @@
-"""Subspaces fitted once for a model, from text and contrast facts, and kept for all its edits."""
+"""Subspaces fitted once for a model, from text and contrast facts, and kept for all that it is to forget."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from cir.config import CIRConfig
-from cir.data.facts import load_facts
-from cir.forgetting.batches import benign_batches, fact_batches
-from cir.forgetting.forgetter import Forgetter
-from cir.forgetting.subspace import SiteSubspaces, Subspace
+from cir.config import CIRConfig, rank_at
+from cir.data.facts import Fact, load_facts
+from cir.data.tokens import Batch, windows
+from cir.forgetting.batches import chosen
+from cir.forgetting.memory import TOKENS_AT_ONCE
+from cir.forgetting.questions import questions
+from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
 from cir.forgetting.update import fingerprint
-from cir.model.capture import capture
-from cir.model.sites import find_stack, sites_of
+from cir.model.capture import AnswerCapture, Tokens, answering
+from cir.model.sites import Target, find_stack, sites_of
 
-FORMAT = "cir-subspaces-1"
-CONFIG = CIRConfig(rank_background=256, rank_activation=192, rank_gradient=192)
-"""More directions than a run over many facts collapses: what contrast facts share is all that keeps them apart."""
+FORMAT = "cir-subspaces-2"
 
 
 class Subspaces(SiteSubspaces):
-    """Fitted once for a model, and kept for all its edits: what :meth:`save` writes and :meth:`load` reads."""
+    """Fitted once for a model, and kept for all that it is to forget: what :meth:`save` writes and :meth:`load` reads."""
+
+    @property
+    def contrast(self) -> list[Fact]:
+        """The contrast facts that they were fitted on."""
+        found = self.fitted_on.get("contrast")
+        return load_facts(found) if found else []
 
     @classmethod
     def fit(
@@ -39,56 +46,39 @@ class Subspaces(SiteSubspaces):
         contrast: Any = (),
         *,
         config: CIRConfig | None = None,
-        known: Subspaces | None = None,
         progress: bool = True,
     ) -> Subspaces:
-        """Bases of what ordinary text and contrast facts have in common, in one pass over each; no weight changes.
+        """What ordinary text and contrast facts use, in one pass over each; no weight changes.
 
-        The text gives ``rank_background`` directions of the activations; on what they leave, the contrast facts give
-        ``rank_activation`` and, of the gradients that would make the model forget them, ``rank_gradient``. Each has
-        directions of its own, so that neither drowns the other, whatever their amounts.
+        Of activations that is the second moment of text plus ``contrast_weight`` times that of what contrast facts
+        have where their answers are predicted; of gradients, that of the contrast facts' own, each at length 1, plus
+        ``text_weight`` times that of text, all of whose tokens are predicted.
 
         Args:
             model, tokenizer: as for :func:`cir.unlearn`.
             texts: ordinary text, of which ``config.retain_tokens`` are used; None for contrast facts alone.
-            contrast: facts of the kind that will be edited, and that must stay; what :func:`cir.load_facts` reads.
-            config: ranks, loss layers and seeds; :data:`CONFIG` by default.
-            known: subspaces of the same model to be refreshed: theirs are kept, and the directions that ``texts`` and
-                ``contrast`` add to them come on top.
+            contrast: facts that must stay, of the same relations as those to be forgotten and about the same
+                subjects; what :func:`cir.load_facts` reads.
+            config: see :class:`CIRConfig`.
 
         Raises:
-            ValueError: on bad texts, facts or ranks, ``known`` of another model, or nothing to fit on.
+            ValueError: on bad texts or facts, a rank that some site has not, or nothing to fit on.
         """
-        config = config or CONFIG
+        config = config or CIRConfig()
         texts = texts if texts is None or isinstance(texts, str) else "\n\n".join(texts)
         facts = load_facts(contrast) if contrast else []
         if texts is None and not facts:
             raise ValueError("expected texts or contrast facts to fit on, got neither")
         stack = find_stack(model)
-        layers = config.layers(len(stack.mlps))
-        targets = stack.targets(layers[-1])
-        config.check_ranks(sites_of(targets))
-        own = fingerprint(targets)
-        if known is not None and known.fitted_on.get("fingerprint") != own:
-            raise ValueError(f"known: expected subspaces of this model, {own[:12]}, got {_of(known)}")
-        # Of contrast facts all that is said must stay, the answers too; there is no step to retain after.
-        config = replace(config, to_answers=False, word_dropout=0.0, retain_rate=0.0)
-        batches = fact_batches(tokenizer, facts, config, model.device)
-        background = [] if texts is None else benign_batches(tokenizer, texts, config, model.device)
-        if not background:
-            config = replace(config, rank_background=0)
-        with (
-            capture(model, stack, layers[-1]) as tape,
-            tqdm(total=len(background) + len(batches), disable=not progress, unit="batch", desc="fitting") as bar,
-        ):
-            forgetter = Forgetter(tape, targets, layers, batches, background, config, known=known)
-            forgetter.fit(bar.update)
-            solved = forgetter.subspaces
-        earlier = known.fitted_on["contrast"] if known is not None else []
+        first = config.first_layer(len(stack.mlps))
+        targets = stack.writers(first)
+        rows = None if texts is None else chosen(windows(tokenizer, texts, config.retain_length), config)
+        with answering(model, stack, first) as tape:
+            solved = fitted(tape, targets, tokenizer, rows, facts, config, progress=progress)
         fitted_on = {
-            "fingerprint": own,
-            "layers": list(layers),
-            "contrast": [*earlier, *(asdict(fact) for fact in facts)],
+            "fingerprint": fingerprint(targets),
+            "layers": list(range(first, len(stack.mlps))),
+            "contrast": [asdict(fact) for fact in facts],
         }
         return cls(solved, solved.mode, json.loads(json.dumps(fitted_on)))  # as it is read back
 
@@ -119,7 +109,9 @@ class Subspaces(SiteSubspaces):
         with safe_open(path, "pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path}: expected a file of format {FORMAT}, got {metadata.get('format')}")
+                raise ValueError(
+                    f"{path}: expected a file of format {FORMAT}, got {metadata.get('format')}; fit it with `cir fit`"
+                )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         subspaces = {}
         for key, basis in tensors.items():
@@ -127,6 +119,72 @@ class Subspaces(SiteSubspaces):
             if part == "basis":
                 subspaces[name] = Subspace(basis, tensors.get(f"{name}.mixer"), tensors[f"{name}.variance"])
         return cls(subspaces, metadata["mode"], json.loads(metadata.get("fitted_on", "{}")))
+
+
+def fitted(
+    tape: AnswerCapture,
+    targets: Sequence[Target],
+    tokenizer: Any,
+    rows: Tensor | None,
+    contrast: Sequence[Fact],
+    config: CIRConfig,
+    *,
+    at_once: int = TOKENS_AT_ONCE,
+    progress: bool = True,
+) -> SiteSubspaces:
+    """What :meth:`Subspaces.fit` says, of windows of text ``rows`` (N, L) and of ``contrast`` facts."""
+    device = targets[0].linear.weight.device
+    sites = sites_of(targets)
+    for site in sites:
+        if rank_at(site, config.rank) > site.width:
+            raise ValueError(f"rank: expected at most {site.width}, the width of {site.name}, got {config.rank}")
+    stream = SubspaceStream(
+        sites,
+        rank_activation=config.rank,
+        rank_gradient=config.rank,
+        mode="ridge",
+        ridge_activation=config.ridge_activation,
+        ridge_gradient=config.ridge_gradient,
+        seed=config.seed,
+    )
+    activations = {site.name for site in sites if site.kind == "activation"}
+    asked = questions(tape, tokenizer, contrast, device, max_length=config.max_length, at_once=at_once)
+    of_facts = sum(len(part.at) for part in asked)
+    of_text = 0 if rows is None else rows.numel()
+
+    def observe(tokens: Tokens, activation: float, gradient: float) -> None:
+        """Each with a weight, which counts as so many tokens do."""
+        for name, x in tokens.items():
+            weight = activation if name in activations else gradient
+            if weight:
+                x = x.float()
+                norm = 1.0 if name in activations else x.norm(dim=1, keepdim=True).clamp_min(1e-30)
+                stream.observe({name: x * (weight**0.5 / norm)})
+
+    chunks = [] if rows is None else list(rows.split(max(1, at_once // rows.shape[1])))
+    with tqdm(total=len(chunks) + len(asked), disable=not progress, unit="batch", desc="fitting") as bar:
+        for chunk in chunks:
+            batch = Batch(chunk, torch.ones_like(chunk, dtype=torch.bool)).to(device)
+            weight = (config.text_weight * of_facts / of_text) if of_facts else 1.0
+            observe(_text_tokens(tape, batch, gradients=weight > 0), 1.0, weight)
+            bar.update()
+        for part in asked:
+            read = part.read(tape)
+            observe(read.tokens, config.contrast_weight * of_text / of_facts if of_text else 1.0, 1.0)
+            bar.update()
+    return stream.solve()
+
+
+def _text_tokens(tape: AnswerCapture, batch: Batch, gradients: bool) -> Tokens:
+    """Inputs of all tokens but the last of each row, and gradients of the log-probabilities of those after them."""
+    at = batch.predicting(0).nonzero().squeeze(1)
+    below = tape.below(batch)
+    if not gradients:
+        with torch.no_grad():
+            return tape.predict(below, at)[1].tokens
+    logprobs, hidden = tape.predict(below, at)
+    following = batch.input_ids[batch.attention_mask].roll(-1)[at].to(logprobs.device)
+    return tape.backward(logprobs.gather(1, following[:, None]).sum(), hidden)
 
 
 def check_fitted_on(subspaces: Subspaces, own: str) -> None:

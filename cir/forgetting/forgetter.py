@@ -1,313 +1,245 @@
-"""Passes over the facts: fit what is common, then step along what is not."""
+"""The method: steps along what is specific to each fact, until it is gone and stays gone; see docs/method.md."""
 
 from __future__ import annotations
 
-import logging
+import random
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cir.config import CIRConfig
-from cir.data.tokens import Batch
+from cir.data.facts import Fact
 from cir.forgetting.memory import TOKENS_AT_ONCE
-from cir.forgetting.objectives import (
-    OriginalOutput,
-    hidden_retain,
-    mlp_breaking,
-    mlp_growth,
-    original_output,
-    row_norms,
-)
-from cir.forgetting.subspace import SiteSubspaces, SubspaceStream
-from cir.forgetting.update import phase, plain_step, selective_step
-from cir.model.capture import Capture, Hidden, Tokens
-from cir.model.sites import Target, sites_of
+from cir.forgetting.plan import EpochLosses
+from cir.forgetting.questions import Questions, Rows, joined, questions
+from cir.forgetting.subspace import SiteSubspaces
+from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, snapshot
+from cir.model.capture import AnswerCapture, Tokens
+from cir.model.sites import Target
 
-logger = logging.getLogger(__name__)
+PARTS = 4
+"""Of the facts of a step: half of them are relearned, and the others are asked whether they come back."""
+RELEARNING_DOSE = 1.5
+"""Nats by which a step of relearning raises the log-probability of the facts relearned, in the mean and to first
+order.
+"""
 
 
 @dataclass(frozen=True)
-class EpochLosses:
-    """Means over the steps of an epoch; ``retain`` is None where no retain step was taken."""
+class Step:
+    """What a step adds to the weights: G^T A of these ``tokens`` at every target.
 
-    breaking: float
-    retain: float | None
-
-
-class _Step:
-    """Sentences, and what the model said of their counted tokens before any update: by layer, and, where
-    growth counts, its ``norms`` (T,) in every layer.
+    ``logprobs``: mean log-probability of the answers before it. ``live``: how many were not gone.
     """
 
-    def __init__(
-        self, batch: Batch, original: dict[int, OriginalOutput], norms: dict[int, Tensor], skip_first: int
-    ) -> None:
-        self.batch, self.original, self.norms, self._skip = batch, original, norms, skip_first
-        # As places, found once: a mask would make the host wait for the device wherever it is used.
-        self.counted, self.predicting = (
-            mask.nonzero().squeeze(1) for mask in (batch.counted(skip_first), batch.predicting(skip_first))
-        )
-        self._parts: dict[int, list[_Step]] = {}
-
-    def parts(self, tokens: int) -> list[_Step]:
-        """The same in pieces of at most so many tokens, padding included, or of one sentence."""
-        sentences = max(1, tokens // self.batch.input_ids.shape[1])
-        if sentences >= len(self.batch.input_ids):
-            return [self]
-        if sentences not in self._parts:
-            batches = self.batch.split(sentences)
-            counts = [int(batch.counted(self._skip).sum()) for batch in batches]
-            rows = {layer: original.rows.split(counts) for layer, original in self.original.items()}
-            norms = {layer: norm.split(counts) for layer, norm in self.norms.items()}
-            self._parts[sentences] = [
-                _Step(
-                    batch,
-                    {layer: replace(o, rows=rows[layer][i]) for layer, o in self.original.items()},
-                    {layer: norm[i] for layer, norm in norms.items()},
-                    self._skip,
-                )
-                for i, batch in enumerate(batches)
-            ]
-        return self._parts[sentences]
+    tokens: Tokens
+    logprobs: float = 0.0
+    live: int = 0
 
 
 class Forgetter:
-    """The forget and retain steps on one captured model; its weights change in :meth:`epoch` alone.
+    """Steps on one captured model, batch by batch of facts.
 
     Args:
-        tape: the capture of the model's layers 0..last loss layer.
-        targets: the linears to update.
-        loss_layers: layers whose MLP output is broken.
-        batches: the facts' sentences. retain: benign text.
+        tape: of :func:`cir.model.capture.answering`. targets: what it taps.
+        tokenizer: of the model. facts: to be forgotten.
+        common: what is collapsed, of :meth:`cir.Subspaces.fit`.
         config: see :class:`CIRConfig`.
-        subspaces: collapse against these throughout; None to fit them, first in :meth:`fit` and then again
-            in every epoch, for the next.
-        known: with None above, collapse these first: bases are fitted on what they leave.
-        at_once: tokens of a step in one forward and backward; fewer once memory runs out.
+        at_once: tokens of a step in one forward and backward.
     """
 
     def __init__(
         self,
-        tape: Capture,
+        tape: AnswerCapture,
         targets: Sequence[Target],
-        loss_layers: Sequence[int],
-        batches: Sequence[Batch],
-        retain: Sequence[Batch],
+        tokenizer: Any,
+        facts: Sequence[Fact],
+        common: SiteSubspaces,
         config: CIRConfig,
-        subspaces: SiteSubspaces | None = None,
-        known: SiteSubspaces | None = None,
         at_once: int = TOKENS_AT_ONCE,
     ) -> None:
-        self._tape, self._targets, self._config = tape, targets, config
-        self._loss_layers, self._retain = loss_layers, retain
-        self._background = known or SiteSubspaces({}, "orthogonal")
-        self._stream = _stream(targets, config) if subspaces is None else None
-        # What is collapsed after the background, which the tokens of every batch lose first.
-        self._common = SiteSubspaces({}, config.mode) if subspaces is None else subspaces
-        self._at_once = at_once
-        with phase("record originals"):
-            self._steps = [self._recorded(batch) for batch in batches]
-        self._retain_steps: list[_Step] = []
-        self._retained = 0
+        self._tape, self._targets, self._common, self._config = tape, targets, common, config
+        self._random = random.Random(config.seed)
+        device = targets[0].linear.weight.device
+        self._weight = sum(float(t.linear.weight.norm(dtype=torch.float32)) ** 2 for t in targets) ** 0.5
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
+        self._spare: list[Tensor] | None = None
+        order = list(range(len(facts)))
+        self._random.shuffle(order)
+
+        def asked(numbers: Sequence[int]) -> list[Questions]:
+            chosen = [facts[i] for i in numbers]
+            settings = {"max_length": config.max_length, "at_once": at_once, "numbers": numbers}
+            return questions(tape, tokenizer, chosen, device, **settings)
+
+        batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+        with phase("read facts"):
+            self._batches = [[asked(batch[i::PARTS]) for i in range(min(PARTS, len(batch)))] for batch in batches]
 
     @property
-    def subspaces(self) -> SiteSubspaces:
-        """All that a forget step collapses, as one."""
-        return self._background.then(self._common)
-
-    def fit(self, on_step: Callable[[], object] = lambda: None, stop: threading.Event | None = None) -> None:
-        """Record the retain text, and fit bases on it and on the facts; no weight changes. Epochs come after this."""
-        with phase("read retain text"):
-            self._background = self._background.then(self._read_retain(on_step, stop))
-        for i in range(len(self._steps) if self._stream is not None else 0):
-            if stop is not None and stop.is_set():
-                return
-            self._observe(self.forget_tokens(i)[1])
-            on_step()
-        self._solve()
+    def batches(self) -> int:
+        return len(self._batches)
 
     def epoch(
         self,
-        rate: float,
         on_step: Callable[[], object] = lambda: None,
         stop: threading.Event | None = None,
-        last: bool = False,
     ) -> EpochLosses:
-        """One forget step for each batch, each followed by a retain step where ``retain_rate`` says so.
+        """``check_every`` steps of each batch, fewer once all facts are gone.
 
-        Set ``stop`` to end after the step under way. The ``last`` epoch fits no bases for another.
+        Set ``stop`` to end after the step under way.
 
         Raises:
             NonFiniteError: before the step that met a NaN or infinity changes any weight.
         """
-        breaking, retain = [], []
-        for i in range(len(self._steps)):
-            if stop is not None and stop.is_set():
+        logprobs, gone = [], False
+        for _ in range(self._config.check_every):
+            gone = True
+            for number in range(len(self._batches)):
+                if stop is not None and stop.is_set():
+                    return EpochLosses(_mean(logprobs))
+                step = self.step(number)
+                logprobs.append(step.logprobs)
+                gone &= not step.live
+                if step.live:
+                    self.apply(step)
+                on_step()
+            if gone:
                 break
-            loss, tokens = self.forget_tokens(i)
-            with phase("collapse, moments"):
-                tokens = self._common.collapse_(tokens) if last else self._observed_and_collapsed(tokens)
-            selective_step(self._targets, tokens, rate, *self._rounding(), loss=loss)
-            del tokens  # most of what a step holds; it is not to be held in the next forward
-            breaking.append(loss)
-            if self._retain_steps:
-                with phase("retain"):
-                    retain.append(self._retain_step())
-            on_step()
-        else:
-            if not last:
-                self._solve()
-        return EpochLosses(_mean(breaking) or 0.0, _mean(retain))
+        return EpochLosses(_mean(logprobs), gone=gone)
 
-    def forget_tokens(self, i: int) -> tuple[Tensor, Tokens]:
-        """The loss (a scalar) of step ``i``, and its rows at every site, the background collapsed."""
+    def step(self, number: int = 0) -> Step:
+        """What takes the facts of batch ``number`` nearer to being gone, each by its dose; no weight changes.
 
-        def breaking(part: _Step) -> tuple[Tensor, Hidden]:
-            hidden = self._tape.forward(part.batch, part.predicting)
-            outputs = hidden.mlp_outputs({*part.original, *part.norms})
-            loss = mlp_breaking(outputs, part.original, part.counted)
-            if part.norms:
-                growth = mlp_growth(outputs, part.norms, part.counted)
-                loss = loss + self._config.growth_weight * growth.to(loss.device)
-            return loss, hidden
+        Raises:
+            NonFiniteError: on a NaN or infinity.
+        """
+        config, parts = self._config, self._batches[number]
+        read = [self._read(part) for part in parts]
+        rows = joined(read)
+        mean = float(rows.logprobs.mean())
+        if not torch.isfinite(rows.logprobs).all():
+            raise NonFiniteError(f"expected finite log-probabilities, got a mean of {mean}; no weight was changed")
+        live = rows.logprobs > config.floor
+        # While most are not gone, there is no need to ask which would come back.
+        if config.relearning_steps and len(parts) > 1 and float(live.float().mean()) < 0.5:
+            back = self._returning(parts)
+            rows, live = _replaced(read, back, config.floor, config.relearning_floor)
+        count = int(live.sum())
+        if not count:
+            return Step({}, mean, 0)
+        return Step(self._dosed(rows[live]), mean, count)
 
-        loss, tokens = self._in_parts(self._steps[i], breaking)
-        with phase("collapse, background"):
-            return loss, self._background.collapse_(tokens)
-
-    def _retain_step(self) -> Tensor:
-        def distance(part: _Step) -> tuple[Tensor, Hidden]:
-            hidden = self._tape.forward(part.batch, part.counted)
-            (original,) = part.original.values()
-            return hidden_retain(hidden.real(hidden.last), original, part.counted), hidden
-
-        loss, tokens = self._in_parts(self._retain_steps[self._retained % len(self._retain_steps)], distance)
-        self._retained += 1
-        plain_step(self._targets, tokens, self._config.retain_rate, *self._rounding(), loss=loss)
-        return loss
-
-    def _rounding(self) -> tuple[str, int, dict[str, Tensor]]:
-        """How the next update is to be rounded, each with a seed of its own."""
+    def apply(self, step: Step, scale: float = 1.0) -> None:
+        """Add ``scale`` times a step to the weights."""
         self._updates += 1
-        return self._config.rounding, self._updates, self._remainders
+        with phase("update"):
+            add_outer(self._targets, step.tokens, scale, self._config.rounding, self._updates, self._remainders)
 
-    def _in_parts(self, step: _Step, run: Callable[[_Step], tuple[Tensor, Hidden]]) -> tuple[Tensor, Tokens]:
-        """Loss and rows of a step, from as many tokens at once as memory takes: those of all of them together."""
-        while True:
-            parts = step.parts(self._at_once)
+    def _read(self, part: Sequence[Questions]) -> Rows:
+        with phase("forward, backward"):
+            return joined([asked.read(self._tape) for asked in part])
+
+    def _returning(self, parts: Sequence[Sequence[Questions]]) -> list[Rows]:
+        """The rows of each part after others were relearned, each part once; the weights are then as before."""
+        order = list(range(len(parts)))
+        self._random.shuffle(order)
+        half = len(parts) // 2
+        found: dict[int, Rows] = {}
+        self._spare = snapshot(self._targets, into=self._spare)
+        for asked, relearned in ((order[:half], order[half:]), (order[half:], order[:half])):
             try:
-                passes = [self._pass(part, run, len(part.counted) / len(step.counted)) for part in parts]
-                losses, rows = zip(*passes, strict=True)
-                return torch.stack(losses).sum(), _joined(rows)
-            except torch.OutOfMemoryError:
-                sentences, width = max(part.batch.input_ids.shape for part in parts)
-                if sentences == 1:
-                    raise
-            # Out of the handler, whose exception held what the pass had on the device.
-            self._at_once = sentences // 2 * width
-            logger.warning("out of memory: going on with %d tokens at once", self._at_once)
+                for _ in range(self._config.relearning_steps):
+                    self._relearn(joined([self._read(parts[i]) for i in relearned]))
+                found |= {i: self._read(parts[i]) for i in asked}
+            finally:
+                restore(self._targets, self._spare)
+        return [found[i] for i in range(len(parts))]
 
-    def _pass(
-        self, part: _Step, run: Callable[[_Step], tuple[Tensor, Hidden]], share: float
-    ) -> tuple[Tensor, Tokens]:
-        with phase("forward"):
-            loss, hidden = run(part)
-        with phase("backward"):
-            tokens = self._tape.backward(loss * share, hidden)
-        return loss.detach() * share, tokens
+    def _relearn(self, rows: Rows) -> None:
+        """Raise the log-probability of all of ``rows`` together, as an attacker does: nothing is collapsed."""
+        with phase("relearn"):
+            gram = _gram(self._targets, rows.tokens, rows.tokens)
+            scale = RELEARNING_DOSE * len(gram) / gram.sum()
+            tokens = self._scaled(rows.tokens, scale.expand(len(gram)))
+            self._updates += 1
+            add_outer(self._targets, tokens, 1.0, self._config.rounding, self._updates)
 
-    def _observe(self, tokens: Tokens) -> None:
-        if self._stream is not None:
-            of_tokens = self._config.statistics == "tokens"
-            self._stream.observe(tokens if of_tokens else weight_gradient_rows(self._targets, tokens))
-
-    def _observed_and_collapsed(self, tokens: Tokens) -> Tokens:
-        if self._stream is not None and self._config.statistics == "tokens":
-            return self._stream.observe_and_collapse_(tokens, self._common)
-        self._observe(tokens)
-        return self._common.collapse_(tokens)
-
-    def _solve(self) -> None:
-        if self._stream is not None and self._steps:
-            with phase("solve"):
-                self._common = self._stream.solve()
-
-    @torch.no_grad()
-    def _recorded(self, batch: Batch) -> _Step:
-        mask = batch.counted(self._config.skip_first)
-        hidden = self._tape.forward(batch, mask, observe=lambda tokens: None)
-        broken = hidden.mlp_outputs(self._loss_layers)
-        held = hidden.mlp_outputs(hidden.outputs) if self._config.growth_weight else {}
-        norms = {layer: row_norms(output, mask) for layer, output in held.items()}
-        originals = {layer: original_output(output, mask) for layer, output in broken.items()}
-        return _Step(batch, originals, norms, self._config.skip_first)
-
-    @torch.no_grad()
-    def _read_retain(self, on_step: Callable[[], object], stop: threading.Event | None) -> SiteSubspaces:
-        """What the text uses of the activations; for retain steps, its hidden states, from the same forwards."""
+    def _dosed(self, rows: Rows) -> Tokens:
+        """The rows collapsed, those of each fact scaled to its dose."""
         config = self._config
-        rank = 0 if self._stream is None else config.rank_background
-        sites = [site for site in sites_of(self._targets) if site.kind == "activation"]
-        stream = SubspaceStream(sites, rank_activation=rank, rank_gradient=0, seed=config.seed)
+        with phase("collapse, dose"):
+            collapsed = self._common.collapse_({name: x.clone() for name, x in rows.tokens.items()})
+            scale = doses(
+                rows.owners,
+                _gram(self._targets, rows.tokens, collapsed),
+                _gram(self._targets, collapsed, collapsed),
+                config.dose,
+                config.max_change * self._weight,
+            )
+            if not torch.isfinite(scale).all():
+                raise NonFiniteError("expected finite gradients, got NaN or infinity; no weight was changed")
+            return self._scaled(collapsed, scale)
 
-        def observe(tokens: Tokens) -> None:
-            stream.observe(self._background.collapse_(tokens))
-
-        for batch in self._retain if rank or config.retain_rate else ():
-            if stop is not None and stop.is_set():
-                return SiteSubspaces({}, "orthogonal")
-            # First tokens too: attention sinks are what a change of the weights must not touch.
-            hidden = self._tape.forward(batch, batch.counted(0), observe)
-            if config.retain_rate:
-                mask = batch.counted(config.skip_first)
-                kept = {self._loss_layers[-1]: original_output(hidden.real(hidden.last), mask)}
-                self._retain_steps.append(_Step(batch, kept, {}, config.skip_first))
-            del hidden  # nor is it to be held in the next forward
-            on_step()
-        return stream.solve()
-
-
-def _joined(parts: Sequence[Tokens]) -> Tokens:
-    """The rows of all parts, which lose them: both at once would be the most that a step holds."""
-    if len(parts) == 1:
-        return parts[0]
-    return {name: torch.cat([rows.pop(name) for rows in parts]) for name in list(parts[0])}
+    def _scaled(self, tokens: Tokens, scale: Tensor) -> Tokens:
+        """``tokens`` with their gradients' rows scaled by (T,)."""
+        gradients = {target.gradient.name for target in self._targets}
+        return {
+            name: (rows * scale[:, None].to(rows)) if name in gradients else rows for name, rows in tokens.items()
+        }
 
 
-def weight_gradient_rows(targets: Sequence[Target], tokens: Tokens) -> Tokens:
-    """Rows (T, width) with the second moments of the weight gradients dW = G^T A: of their rows, at the activation
-    sites, and of their columns, at the gradient sites.
+def doses(owners: Tensor, effects: Tensor, lengths: Tensor, dose: float, longest: float) -> Tensor:
+    """The scale (T,) of each fact's rows, the same for all of a fact.
 
-    dW^T dW = A^T (G G^T) A = R^T R for R = (G G^T)^(1/2) A, with roots of T x T: no dW is formed. Linears that read
-    one site add up.
+    With dW = c sum_t G'_t^T A'_t over the rows t of a fact, its row t changes by c sum_u effects[t, u], to first order.
+    c is such that the mean over t is -``dose``, or ||dW|| is ``longest`` where that is less; 0 where the collapse has
+    left nothing of a fact.
+
+    Args:
+        owners: (T,) number of the fact of each row. effects, lengths: (T, T) sums over all linears of
+            (G_t . G'_u) (A_t . A'_u) and (G'_t . G'_u) (A'_t . A'_u).
     """
-    grams: dict[str, Tensor] = {}
-    for target in targets:
-        a, g = (tokens[site.name].double() for site in (target.activation, target.gradient))
-        grams[target.activation.name] = grams.get(target.activation.name, 0) + g @ g.T
-        grams[target.gradient.name] = a @ a.T
-    return {name: (_root(gram) @ tokens[name].double()).float() for name, gram in grams.items()}
-
-
-def _root(gram: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-
-def _stream(targets: Sequence[Target], config: CIRConfig) -> SubspaceStream:
-    return SubspaceStream(
-        sites_of(targets),
-        rank_activation=config.rank_activation,
-        rank_gradient=config.rank_gradient,
-        mode=config.mode,
-        exact=config.exact,
-        seed=config.seed,
+    facts, place, count = owners.unique(return_inverse=True, return_counts=True)
+    same = place[:, None] == place
+    effect, squared = (
+        torch.zeros(len(facts), dtype=gram.dtype, device=gram.device).index_add_(
+            0, place.to(gram.device), (gram * same.to(gram.device)).sum(1)
+        )
+        for gram in (effects, lengths)
     )
+    count = count.to(effect)
+    scale = torch.minimum(dose * count / effect, longest * squared.clamp_min(0).rsqrt())
+    return -torch.where((effect <= 0) | (squared <= 0), torch.zeros_like(scale), scale)[place.to(scale.device)]
 
 
-def _mean(losses: Sequence[Tensor]) -> float | None:
-    return float(torch.stack(list(losses)).mean()) if losses else None
+def _gram(targets: Sequence[Target], left: Tokens, right: Tokens) -> Tensor:
+    """(T, T) float64: the inner products of the rows' outer products, over all targets."""
+    total: Any = 0
+    device = targets[0].linear.weight.device
+    for target in targets:
+        g, a = (
+            (left[site.name].double() @ right[site.name].double().T).to(device)
+            for site in (target.gradient, target.activation)
+        )
+        total = total + g * a
+    return total
+
+
+def _replaced(read: Sequence[Rows], back: Sequence[Rows], floor: float, returned: float) -> tuple[Rows, Tensor]:
+    """Of each row the one that came back, where it did, and whether it is not gone."""
+    now, then = joined(read), joined(back)
+    returns = then.logprobs > returned
+    tokens = {
+        name: torch.where(returns[:, None].to(rows.device), then.tokens[name], rows)
+        for name, rows in now.tokens.items()
+    }
+    return Rows(now.owners, now.logprobs, tokens), returns | (now.logprobs > floor)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

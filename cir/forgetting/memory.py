@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cir.config import CIRConfig, rank_at
+from cir.config import BreakingConfig, CIRConfig, rank_at
 from cir.data.tokens import Batch
 from cir.forgetting.subspace import columns_at
 from cir.measures import TOKENS_PER_FORWARD, WINDOW
 from cir.model.offload import free_memory, upper_modules
-from cir.model.sites import Site, Stack, sites_of
+from cir.model.sites import Site, Stack, Target, sites_of
 
 OFFLOAD = ("auto", "always", "never")
 TOKENS_AT_ONCE = 512
@@ -57,17 +57,39 @@ class Need:
         return need
 
 
-def needed(model: Any, stack: Stack, batches: Sequence[Batch], retain: Sequence[Batch], config: CIRConfig) -> Need:
-    """What :func:`cir.unlearn` takes, by counting."""
+def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], config: CIRConfig) -> Need:
+    """What :func:`cir.unlearn` takes, by counting: the bases, the moments of one kind of site and, without a GPU, copies
+    of the updated weights; the rows of a step's tokens, twice, at about four sentences a fact.
+    """
+    sites = sites_of(targets)
+    ranks = {site: rank_at(site, config.rank) for site in sites}
+    size = targets[0].linear.weight.element_size()
+    vocabulary = model.config.get_text_config().vocab_size
+    held = sum(4 * rank * (site.width + rank) for site, rank in ranks.items()) + _moments(ranks)
+    if model.device.type != "cuda":
+        held += (4 if config.full_check else 3) * sum(target.linear.weight.nbytes for target in targets)
+    hidden, inner = sorted(stack.mlps[0].targets[0].linear.weight.shape)
+    depth = len(targets) // 2
+    return Need(
+        held=held,
+        rows=2 * 4 * config.batch_size * size * sum(site.width for site in sites),
+        # Logits as they come, in float32, as log-probabilities, and their gradients.
+        token=depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner) + vocabulary * (size + 12),
+        check=vocabulary * (TOKENS_PER_FORWARD * size + WINDOW * 8),
+    )
+
+
+def needed(
+    model: Any, stack: Stack, batches: Sequence[Batch], retain: Sequence[Batch], config: BreakingConfig
+) -> Need:
+    """What :func:`cir.unlearn` takes in the paper's way, by counting."""
     layers, last = config.layers(len(stack.mlps)), config.last_updated(len(stack.mlps))
     targets = stack.targets(last)
     sites = sites_of(targets)
     size = targets[0].linear.weight.element_size()
     ranks = {"activation": config.rank_activation, "gradient": config.rank_gradient}
     common = {site: rank_at(site, ranks[site.kind]) for site in sites}
-    background = {site: rank_at(site, config.rank_background) for site in sites if site.kind == "activation"}
-    held = sum(4 * site.width * (common[site] + background.get(site, 0)) for site in sites)
-    held += max(_moments(common, config.exact), _moments(background))
+    held = sum(4 * site.width * rank for site, rank in common.items()) + _moments(common, config.exact)
     if model.device.type != "cuda":
         held += (3 if config.full_check else 2) * sum(target.linear.weight.nbytes for target in targets)
     forget = max(int(batch.counted(config.skip_first).sum()) for batch in batches)
@@ -81,6 +103,16 @@ def needed(model: Any, stack: Stack, batches: Sequence[Batch], retain: Sequence[
         # As they come, and of a window in float32 and as log-probabilities.
         check=model.config.get_text_config().vocab_size * (TOKENS_PER_FORWARD * size + window * 8),
     )
+
+
+def fits(model: Any, need: Need) -> Need:
+    """``need`` with as many tokens at once as the device's free memory takes.
+
+    Raises:
+        MemoryError: if it does not take it with the least.
+    """
+    have = free_memory(model.device)
+    return need if have is None else need.within(have)
 
 
 def settle(model: Any, stack: Stack, last_layer: int, need: Need, offloading: str) -> tuple[Need, bool]:

@@ -1,6 +1,4 @@
-"""The losses of the method (arXiv 2509.11816), to break what the MLPs say and to keep what the model represents; and
-one of ours, by which nothing grows.
-"""
+"""The losses of the paper (arXiv 2509.11816), to break what the MLPs say and to keep what the model represents."""
 
 from __future__ import annotations
 
@@ -9,9 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-SLACK = 0.01
-"""Growth, in logarithm, that is none: rounding alone makes some, and a gradient with it before the first update."""
 
 
 @dataclass(frozen=True)
@@ -46,32 +41,6 @@ def mlp_breaking(outputs: Mapping[int, Tensor], originals: Mapping[int, Original
         rows, before = _beside(_counted(outputs[layer], mask), original)
         terms.append((rows * before).sum(-1).clamp_min(0).mean() / original.norm**2)
     return torch.stack([term.to(terms[0].device) for term in terms]).mean()
-
-
-def mlp_growth(outputs: Mapping[int, Tensor], norms: Mapping[int, Tensor], mask: Tensor) -> Tensor:
-    """Mean over layers l and tokens of max(0, log ||o_l|| - log ||o_l^orig|| - :data:`SLACK`).
-
-    :func:`mlp_breaking` alone is lowered by a layer that shouts too, at ten times its norm and more, and all text
-    with these words in it hears that.
-
-    Args:
-        outputs: MLP outputs o_l (N, D) by layer, at least those in ``norms``.
-        norms: by layer, ||o_l^orig|| (T,) of the tokens in ``mask``.
-        mask: as for :func:`mlp_breaking`.
-    """
-    terms = []
-    for layer, before in norms.items():
-        now = row_norms(outputs[layer], mask)
-        terms.append((now.log() - before.log() - SLACK).clamp_min(0).mean())
-    return torch.stack([term.to(terms[0].device) for term in terms]).mean()
-
-
-def row_norms(output: Tensor, mask: Tensor) -> Tensor:
-    """(T,) norms above 0, in float32 or more, of the rows of ``output`` (N, D) in ``mask``, as for
-    :func:`original_output`.
-    """
-    norms = _at_least_float(_counted(output, mask)).norm(dim=-1)
-    return norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def hidden_retain(hidden: Tensor, original: OriginalOutput, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cir.config import CIRConfig
+from cir.config import BreakingConfig, CIRConfig
 from cir.data.facts import Fact
 from cir.measures import mean_recall
 
@@ -51,12 +51,14 @@ class Measure:
 class Epoch:
     """One update epoch, or the share of one that the budget allowed, with that share of its ``rate``.
 
+    ``rate`` is the dose in nats or, in the paper's way, a norm; ``forget_loss`` and ``retain_loss`` are means over its
+    steps: of the log-probability of the answers or the paper's breaking loss, and of the paper's retain loss.
     ``kept``: inside the budget and the best so far; others were undone or surpassed.
     """
 
     number: int
     rate: float
-    breaking_loss: float
+    forget_loss: float
     retain_loss: float | None
     measure: Measure
     kept: bool
@@ -71,7 +73,7 @@ class Report:
     ``predicted_memory`` is what was thought beforehand to be needed beyond the weights.
     """
 
-    config: CIRConfig
+    config: CIRConfig | BreakingConfig
     facts_hash: str
     before: Measure
     after: Measure

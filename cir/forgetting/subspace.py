@@ -91,9 +91,11 @@ def _nystroem(action: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     return (values - shift), components
 
 
-def common_subspace(moments: Moments, rank: int, mode: str) -> Subspace:
+def common_subspace(moments: Moments, rank: int, mode: str, ridge: float = 0.0) -> Subspace:
     """The subspace of ``rank`` directions to collapse, from the moments of one site.
 
+    ``ridge``: the rank leading directions of the uncentred moments C, of which m / (lambda_i + m) is left, with m =
+    ``ridge`` mean eigenvalues: X m (C + m I)^-1, where the rank is the width.
     ``orthogonal``: span of the mean and the rank - 1 leading components, M = I: a projector.
     ``sequential``: the paper's own order, the unit mean first and then each of the rank - 1 components;
     M = [[1, 0], [-V^T mu, I]]. Not a projector, as mu is not orthogonal to V.
@@ -104,6 +106,10 @@ def common_subspace(moments: Moments, rank: int, mode: str) -> Subspace:
         basis, variance = principal_components(moments, rank, centred=False)
         kept = torch.where(variance > 0, variance[-1] / variance.clamp_min(1e-300), 1.0)
         return Subspace(basis.float(), torch.diag(1 - kept).float(), variance)
+    if mode == "ridge":
+        basis, variance = principal_components(moments, rank, centred=False)
+        shift = ridge * variance.sum() / len(moments.total)
+        return Subspace(basis.float(), torch.diag(variance / (variance + shift)).float(), variance)
     components, variance = principal_components(moments, rank - 1)
     # A mean of rounding errors, left by an earlier collapse, has no direction.
     mean = _unit(moments.total / moments.count, negligible=1e-6 * variance[:1].sum().sqrt())
@@ -148,28 +154,6 @@ class SiteSubspaces(Mapping[str, Subspace]):
             self[name].collapse_(tokens[name])
         return tokens
 
-    def then(self, other: SiteSubspaces) -> SiteSubspaces:
-        """The one collapse that is this one followed by ``other``, fitted on what this one leaves.
-
-        Holds because such bases are orthogonal: (I - P1 M1^T P1^T)(I - P2 M2^T P2^T) has no cross term.
-        """
-        joined = {name: _join(self.get(name), other.get(name)) for name in {**self, **other}}
-        return type(self)(joined, other.mode, other.fitted_on or self.fitted_on)
-
-
-def _join(first: Subspace | None, second: Subspace | None) -> Subspace:
-    if first is None or second is None:
-        return first or second  # type: ignore[return-value]
-    mixer = None
-    if first.mixer is not None or second.mixer is not None:
-        blocks = [
-            torch.eye(s.basis.shape[1], device=s.basis.device) if s.mixer is None else s.mixer
-            for s in (first, second)
-        ]
-        mixer = torch.block_diag(*blocks)
-    variance = torch.cat([first.variance, second.variance])
-    return Subspace(torch.cat([first.basis, second.basis], dim=1), mixer, variance)
-
 
 def columns_at(site: Site, rank: int, exact: bool = False) -> int:
     """Columns of S Omega to stream for ``rank`` directions; the site's width where S itself is."""
@@ -189,7 +173,7 @@ class SubspaceStream:
         sites: what to stream.
         rank_activation, rank_gradient: k of the two kinds of site, the mean included, see :func:`rank_at`; 0 streams
             none of the kind.
-        mode: ``orthogonal``, ``sequential`` or ``soft``.
+        mode: of :func:`common_subspace`. ridge_activation, ridge_gradient: m of ``ridge``.
         exact: keep the full D x D scatter instead of a sketch.
         seed: of the random columns.
     """
@@ -201,11 +185,13 @@ class SubspaceStream:
         rank_activation: float,
         rank_gradient: float,
         mode: str = "orthogonal",
+        ridge_activation: float = 0.0,
+        ridge_gradient: float = 0.0,
         exact: bool = False,
         seed: int = 0,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        if mode not in (*MODES, "ridge"):
+            raise ValueError(f"mode: expected one of {', '.join(MODES)} or ridge, got {mode!r}")
         kinds = {"activation": rank_activation, "gradient": rank_gradient}
         self._ranks = {site: rank_at(site, kinds[site.kind]) for site in sites}
         for site, rank in self._ranks.items():
@@ -213,6 +199,7 @@ class SubspaceStream:
                 raise ValueError(f"{site.name}: expected a rank of 0 to {site.width}, got {rank}")
         self._sites = [site for site, rank in self._ranks.items() if rank]
         self._mode, self._exact = mode, exact
+        self._ridges = {"activation": ridge_activation, "gradient": ridge_gradient}
         self._generator = torch.Generator().manual_seed(seed)
         self._random: dict[tuple[int, int], Tensor] = {}
         self._moments: dict[str, Moments] = {}
@@ -240,7 +227,9 @@ class SubspaceStream:
         """Turn what was observed into subspaces, and start the next stream empty and warm."""
         # The moments of a site are let go as its basis comes: of large ranks both at once would be the most held.
         solved = {
-            site.name: common_subspace(self._moments.pop(site.name), self._ranks[site], self._mode)
+            site.name: common_subspace(
+                self._moments.pop(site.name), self._ranks[site], self._mode, self._ridges[site.kind]
+            )
             for site in self._sites
         }
         self._components = {name: subspace.basis for name, subspace in solved.items()}

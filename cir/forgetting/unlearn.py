@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from cir.config import CIRConfig
-from cir.data.facts import leaking, load_facts
-from cir.forgetting.batches import fact_batches, text_batches
+from cir.config import BreakingConfig, CIRConfig
+from cir.data.facts import Fact, check_contrast, leaking, load_facts
+from cir.forgetting.batches import chosen, split_text
 from cir.forgetting.budget import Best, Meter, reached
-from cir.forgetting.fitting import Subspaces
+from cir.forgetting.fitting import Subspaces, check_fitted_on, fitted
 from cir.forgetting.forgetter import Forgetter
-from cir.forgetting.memory import needed, settle
+from cir.forgetting.memory import fits, needed_to_forget
+from cir.forgetting.paper import plan_breaking
+from cir.forgetting.plan import Epoch, Plan, Start
 from cir.forgetting.report import Clock, Measure, Report, hash_facts, library_versions, peak_memory
-from cir.forgetting.update import restore
+from cir.forgetting.signals import stop_on_signals
+from cir.forgetting.update import fingerprint, restore
 from cir.measures import unknown_facts
-from cir.model.capture import capture
-from cir.model.offload import offloaded
-from cir.model.sites import find_stack, sites_of
+from cir.model.capture import answering
+from cir.model.sites import find_stack
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,15 @@ def unlearn(
     tokenizer: Any,
     facts: str | Path | Sequence[Any],
     *,
+    contrast: str | Path | Sequence[Any] | None = None,
     retain: str | None = None,
     disruption: str | None = None,
-    config: CIRConfig | None = None,
+    config: CIRConfig | BreakingConfig | None = None,
     subspaces: Subspaces | None = None,
     offload: str = "auto",
     progress: bool = True,
 ) -> Report:
-    """Make ``model`` forget ``facts``, in place (CIR, arXiv 2509.11816).
+    """Make ``model`` forget ``facts``, in place; docs/method.md tells how.
 
     The model ends in the best state found whose loss on the disruption text rose by no more than the budget
     (by one standard error less, where only a part of the text is measured). Best is the lowest mean recall or,
@@ -55,19 +56,22 @@ def unlearn(
         model: a causal LM of Hugging Face transformers with gated MLPs, in float32, bfloat16 or float16.
         tokenizer: its tokenizer.
         facts: what :func:`cir.load_facts` reads: a path, facts, or sentences.
-        retain: text whose directions are spared, and for retain steps; the built-in text if None.
+        contrast: facts that must stay: of the same relations with other subjects, and about the same subjects. The
+            more of both, the less is lost of what is like them and not given.
+        retain: text whose directions are spared; the built-in text if None.
         disruption: text on which the budget is measured; if None, a held-out third of the retain text.
-        config: see :class:`CIRConfig`.
-        subspaces: collapse against these throughout, instead of bases fitted on the facts and the retain text.
-        offload: whether the weights above the loss layers wait on the host, to visit the GPU for budget checks:
-            ``always``, ``never`` or, as ``auto``, where its memory would not suffice. Not after the run.
+        config: see :class:`CIRConfig`; with one of :meth:`CIRConfig.paper` the model forgets in the paper's way.
+        subspaces: of :meth:`Subspaces.fit` on this model, in place of ``contrast``: nothing is fitted then.
+        offload: in the paper's way, whether the weights above the loss layers wait on the host, to visit the GPU for
+            budget checks: ``always``, ``never`` or, as ``auto``, where its memory would not suffice. Not after the run.
         progress: show a progress bar, and what memory is needed.
 
     Returns:
         A :class:`Report`. Its ``stopped`` is ``"interrupted"`` after a signal.
 
     Raises:
-        ValueError: on bad facts, text, model or configuration, before anything is changed.
+        ValueError: on bad facts, text, model or configuration, or contrast facts that are to be forgotten too, before
+            anything is changed.
         MemoryError: if the device has too little for the smallest steps, before anything is changed.
         NonFiniteError: on a NaN or infinite loss or gradient.
     """
@@ -77,51 +81,109 @@ def unlearn(
         logger.warning(
             "the prompts of %d facts hold their answer, which is no recall: %s", len(told), ", ".join(told[:5])
         )
-    stack = find_stack(model)
-    layers = config.layers(len(stack.mlps))
-    targets = stack.targets(config.last_updated(len(stack.mlps)))
-    config.check_ranks(sites_of(targets))
-    config.check_rounding(targets[0].linear.weight.dtype)
-    batches = fact_batches(tokenizer, facts, config, model.device)
-    retain_batches, disruption_rows = text_batches(tokenizer, retain, disruption, config, model.device)
-    fitting = config if subspaces is None else replace(config, rank_activation=0, rank_gradient=0, rank_background=0)
-    steps = config.max_epochs * len(batches) + (len(batches) if subspaces is None else 0)
-    steps += len(retain_batches) if fitting.rank_background or fitting.retain_rate else 0
-    need = needed(model, stack, batches, retain_batches, fitting)
-    need, offloads = settle(model, stack, layers[-1], need, offload)
+    texts = {"retain": retain, "disruption": disruption}
+    if isinstance(config, BreakingConfig):
+        if contrast is not None or subspaces is not None:
+            raise ValueError("contrast and subspaces: expected none with the paper's configuration, which has no use")
+        plan = plan_breaking(model, tokenizer, facts, config, **texts, offload=offload)
+    else:
+        if offload == "always":
+            raise ValueError(
+                "offload: expected auto or never but in the paper's way, as all layers are run, got always"
+            )
+        kept = [] if contrast is None else load_facts(contrast)
+        plan = _plan(model, tokenizer, facts, kept, config, subspaces, **texts)
     if progress:
-        waiting = ", the upper ones of which wait on the host" if offloads else ""
-        tqdm.write(f"about {need.peak / 2**30:.2f} GiB are needed beyond the weights{waiting}", file=sys.stderr)
-    clock, started = Clock(model.device), time.perf_counter()
+        needed = f"about {plan.memory / 2**30:.2f} GiB are needed beyond the weights"
+        tqdm.write(f"{needed}{plan.waiting}", file=sys.stderr)
+    return _run(model, tokenizer, facts, config, plan, progress)
 
+
+def _plan(
+    model: Any,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    contrast: Sequence[Fact],
+    config: CIRConfig,
+    subspaces: Subspaces | None,
+    *,
+    retain: str | None,
+    disruption: str | None,
+) -> Plan:
+    """Steps along what is specific to each fact, until all are gone."""
+    check_contrast(facts, contrast)
+    stack = find_stack(model)
+    first = config.first_layer(len(stack.mlps))
+    if subspaces is not None:
+        if contrast:
+            raise ValueError(
+                "expected either contrast or subspaces, which have contrast facts of their own, got both"
+            )
+        check_contrast(facts, subspaces.contrast)
+        first = subspaces.fitted_on.get("layers", [first])[0]
+    targets = stack.writers(first)
+    if subspaces is not None:
+        check_fitted_on(subspaces, fingerprint(targets))
+    config.check_rounding(targets[0].linear.weight.dtype)
+    if len(facts) == 1 and not (contrast if subspaces is None else subspaces.contrast):
+        logger.warning(
+            "one fact and no contrast: facts of its kind, and others about its subject, will suffer; give some of both"
+        )
+    text, measured = split_text(tokenizer, retain, disruption, config)
+    rows = chosen(text, config)
+    need = fits(model, needed_to_forget(model, stack, targets, config))
+
+    @contextmanager
+    def opened(on_step: Callable[[], object], stop: threading.Event) -> Iterator[Start]:
+        with answering(model, stack, first) as tape:
+
+            def start() -> Epoch:
+                common = subspaces
+                if common is None:
+                    common = fitted(tape, targets, tokenizer, rows, contrast, config, at_once=need.tokens)
+                forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, at_once=need.tokens)
+                return lambda number: forgetter.epoch(on_step, stop)
+
+            yield start
+
+    epochs = -(-config.max_steps // config.check_every)
+    batches = -(-len(facts) // config.batch_size)
+    return Plan(targets, measured, epochs, config.dose, batches * config.max_steps, need.peak, "", opened)
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    config: CIRConfig | BreakingConfig,
+    plan: Plan,
+    progress: bool,
+) -> Report:
+    clock, started = Clock(model.device), time.perf_counter()
     with (
         stop_on_signals() as stop,
-        offloaded(model, stack, layers[-1], model.device) if offloads else nullcontext(),
-        capture(model, stack, layers[-1], targets) as tape,
-        tqdm(total=steps, disable=not progress, unit="step") as bar,
+        tqdm(total=plan.steps, disable=not progress, unit="step") as bar,
+        plan.opened(bar.update, stop) as start,
     ):
         with clock.phase("measure"):
-            meter = Meter(model, tokenizer, facts, disruption_rows, config.disruption_tokens)
+            meter = Meter(model, tokenizer, facts, plan.disruption, config.disruption_tokens)
             whole = meter
             if config.full_check and meter.partial:
-                whole = Meter(model, tokenizer, facts, disruption_rows, None)
+                whole = Meter(model, tokenizer, facts, plan.disruption, None)
             unknown = unknown_facts(model, tokenizer, facts)
         if unknown:
             logger.warning("%d facts are not known to begin with: %s", len(unknown), ", ".join(unknown[:5]))
         report = Report(
             config, hash_facts(facts), meter.before, meter.before, unknown=unknown, versions=library_versions()
         )
-        best = Best(targets, meter, report)
+        best = Best(plan.targets, meter, report, plan.rate)
         try:
             with clock.phase("fit"):
-                forgetter = Forgetter(
-                    tape, targets, layers, batches, retain_batches, config, subspaces, at_once=need.tokens
-                )
-                forgetter.fit(bar.update, stop)
+                epoch = start()
             report.stopped = "all epochs done"
-            for number in range(1, config.max_epochs + 1):
+            for number in range(1, plan.epochs + 1):
                 with clock.phase("epochs"):
-                    losses = forgetter.epoch(config.rate, bar.update, stop, last=number == config.max_epochs)
+                    losses = epoch(number)
                 if stop.is_set():
                     report.stopped = "interrupted"
                     break
@@ -130,47 +192,26 @@ def unlearn(
                     if not inside:
                         best.retreat(number, losses)
                 bar.set_postfix_str(_summary(report.epochs[-1].measure))
-                if reached(report.after, config.target_recall):
-                    report.stopped = "target recall reached"
-                    break
-                if not inside:
-                    report.stopped = "budget spent"
+                if ended := _ended(report, inside, losses.gone):
+                    report.stopped = ended
                     break
             if whole is not meter and report.stopped != "interrupted":
                 with clock.phase("measure"):
                     best.confirm(whole)
         finally:
-            restore(targets, best.weights)
+            restore(plan.targets, best.weights)
     report.seconds = {**clock.seconds, "total": time.perf_counter() - started}
-    report.peak_memory, report.predicted_memory = peak_memory(model.device), need.peak
+    report.peak_memory, report.predicted_memory = peak_memory(model.device), plan.memory
     return report
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one acts as it would have without us.
-
-    Outside the main thread, where Python allows no handlers, nothing ever sets it.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in signals}
-
-    def handle(number: int, frame: Any) -> None:
-        stop.set()
-        logger.warning("%s: stopping after this step", signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    try:
-        for number in before:
-            signal.signal(number, handle)
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _ended(report: Report, inside: bool, gone: bool) -> str:
+    """Why no further epoch is to come, if none is."""
+    if reached(report.after, report.config.target_recall):
+        return "target recall reached"
+    if not inside:
+        return "budget spent"
+    return "forgotten" if gone else ""
 
 
 def _summary(measure: Measure) -> str:

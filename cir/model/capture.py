@@ -131,6 +131,8 @@ class Capture:
         hidden.tokens[site.name] = rows
 
     def _tapped(self, target: Target) -> Callable[[Tensor], Tensor]:
+        """What takes the place of the target's forward."""
+
         def record(grad: Tensor) -> None:
             self._record(target.gradient, grad)
 
@@ -139,6 +141,74 @@ class Capture:
             return _TappedLinear.apply(x, self._tap, target.linear, record)
 
         return forward
+
+
+@dataclass
+class Below:
+    """What the layers below the lowest target say of a batch; they are run once, as they do not change.
+
+    Attributes:
+        inputs: of the model. places: (N,) of the batch's real tokens in the flattened forward.
+        hidden: what the last of those layers put out; None where there are none.
+    """
+
+    inputs: dict[str, Tensor]
+    places: Tensor
+    hidden: Any
+
+
+class AnswerCapture(Capture):
+    """Forwards that end in the log-probabilities of answers, and backwards no deeper than the lowest target.
+
+    Made by :func:`answering`.
+    """
+
+    def __init__(self, model: nn.Module, stack: Stack, first_layer: int) -> None:
+        super().__init__(stack, len(stack.mlps) - 1)
+        self._model, self._first = model, first_layer
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise ValueError(f"expected a model with an LM head, got {type(model).__name__} without")
+        self._head: nn.Module = head
+
+    @torch.no_grad()
+    def below(self, batch: Batch) -> Below:
+        """Run ``batch`` through the layers below the lowest target."""
+        inputs, places = packed_inputs(self._stack, batch)
+        below = Below(inputs, places, None)
+        if self._first == 0:
+            return below
+        stack, layers = self._stack, self._stack.layers
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            below.hidden = output
+
+        with ExitStack() as undo:
+            undo.callback(setattr, stack.decoder, stack.attribute, layers)
+            setattr(stack.decoder, stack.attribute, layers[: self._first])
+            undo.callback(layers[self._first - 1].register_forward_hook(keep).remove)
+            stack.decoder(**inputs, use_cache=False)
+        return below
+
+    def predict(self, below: Below, at: Tensor) -> tuple[Tensor, Hidden]:
+        """Log-probabilities (T, vocabulary) in float32 or more after the real tokens ``at`` (T,), whose rows the
+        targets' inputs are kept of. The LM head is run on these alone.
+        """
+        counted = below.places[at]
+        hidden = Hidden(below.places, counted, {}, counted, {})
+
+        def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            rows = args[0].flatten(0, -2).index_select(0, counted.to(args[0].device))
+            return (rows[None], *args[1:])
+
+        with ExitStack() as undo:
+            undo.callback(self._head.register_forward_pre_hook(select).remove)
+            if self._first:  # the layers stay in their places, whose numbers and kinds the decoder may look up
+                for layer in self._stack.layers[: self._first]:
+                    _replace_forward(undo, layer, lambda *args, **given: below.hidden)
+            undo.enter_context(self._recording(hidden))
+            logits = self._model(**below.inputs, use_cache=False).logits[0]
+        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1), hidden
 
 
 def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -181,16 +251,38 @@ def capture(
         RuntimeError: if another capture of the same linears is active.
     """
     tape = Capture(stack, last_layer)
+    with _tapping(model, tape, stack.targets(last_layer) if targets is None else targets):
+        yield tape
+
+
+@contextmanager
+def answering(model: nn.Module, stack: Stack, first_layer: int) -> Iterator[AnswerCapture]:
+    """Tap the :meth:`Stack.writers` of the layers ``first_layer`` and above; otherwise as :func:`capture`.
+
+    Raises:
+        RuntimeError: as :func:`capture`. ValueError: if the model has no LM head.
+    """
+    tape = AnswerCapture(model, stack, first_layer)
+    with _tapping(model, tape, stack.writers(first_layer)):
+        yield tape
+
+
+@contextmanager
+def _tapping(model: nn.Module, tape: Capture, targets: Sequence[Target]) -> Iterator[None]:
     with ExitStack() as undo:
         undo.enter_context(frozen(model))
-        for target in stack.targets(last_layer) if targets is None else targets:
-            attributes = target.linear.__dict__
-            before = attributes.get("forward")
-            if getattr(before, "__module__", None) == __name__:
+        for target in targets:
+            if getattr(target.linear.__dict__.get("forward"), "__module__", None) == __name__:
                 raise RuntimeError(f"{target.gradient.name}: already captured by another engine")
-            if before is None:
-                undo.callback(attributes.pop, "forward")
-            else:  # a wrapper that another library hung on the instance comes back afterwards
-                undo.callback(attributes.__setitem__, "forward", before)
-            attributes["forward"] = tape._tapped(target)
-        yield tape
+            _replace_forward(undo, target.linear, tape._tapped(target))
+        yield
+
+
+def _replace_forward(undo: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    attributes = module.__dict__
+    before = attributes.get("forward")
+    if before is None:
+        undo.callback(attributes.pop, "forward")
+    else:  # a wrapper that another library hung on the instance comes back afterwards
+        undo.callback(attributes.__setitem__, "forward", before)
+    attributes["forward"] = forward

@@ -1,4 +1,6 @@
-"""Where a model is tapped and edited: the gated MLPs of its decoder layers, found by their structure."""
+"""Where a model is tapped and edited: its decoder layers' gated MLPs and what their attentions put out, found by
+structure.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +56,8 @@ class Stack:
     attribute: str
     """Name under which ``decoder`` holds its list of layers."""
     mlps: tuple[MLP, ...]
+    path: str
+    """The model's own name of that list."""
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -62,6 +66,39 @@ class Stack:
     def targets(self, last_layer: int) -> list[Target]:
         """The linears of layers 0..last_layer: all that a loss on those layers sends gradient to."""
         return [target for mlp in self.mlps[: last_layer + 1] for target in mlp.targets]
+
+    def writers(self, first_layer: int) -> list[Target]:
+        """The linears of layers first_layer and above that write to the residual stream, lowest first: the output
+        projections of attention and MLP.
+
+        Raises:
+            ValueError: if a layer has no such projection of its attention, or one that cannot be edited.
+        """
+        found = []
+        for number in range(first_layer, len(self.mlps)):
+            found += [self._attention_output(number), self.mlps[number].targets[2]]
+        _check_editable(found)
+        return found
+
+    def _attention_output(self, number: int) -> Target:
+        """The last linear into the residual stream that the layer declares outside its MLP."""
+        mlp = self.mlps[number]
+        width = mlp.targets[2].linear.out_features
+        inside = set(mlp.module.modules())
+        linears = [
+            (name, module)
+            for name, module in self.layers[number].named_modules()
+            if isinstance(module, nn.Linear) and module not in inside and module.out_features == width
+        ]
+        if not linears:
+            raise ValueError(
+                f"{self.path}.{number}: expected an attention whose output projection is a linear into {width}, the "
+                f"hidden size, got none in {type(self.layers[number]).__name__}"
+            )
+        name, linear = linears[-1]
+        name = f"{self.path}.{number}.{name}"
+        read = Site(f"{name}.in", linear.in_features, "activation")
+        return Target(linear, read, Site(f"{name}.out", linear.out_features, "gradient"))
 
 
 def sites_of(targets: Sequence[Target]) -> list[Site]:
@@ -113,9 +150,9 @@ def find_stack(model: nn.Module) -> Stack:
         _mlp(f"{prefix}.{name}".lstrip("."), module, order)
         for _, (name, module, order) in sorted(found[holder].items())
     )
-    _check_editable(mlps)
+    _check_editable([target for mlp in mlps for target in mlp.targets])
     parent, _, attribute = holder.rpartition(".")
-    return Stack(modules[parent], attribute, mlps)
+    return Stack(modules[parent], attribute, mlps, f"{prefix}.{holder}".lstrip("."))
 
 
 def _gated_linears(module: nn.Module) -> list[str] | None:
@@ -145,9 +182,9 @@ def _mlp(name: str, module: nn.Module, order: list[str]) -> MLP:
     return MLP(module, (target(order[0], gate, read), target(order[1], up, read), target(order[2], down, hidden)))
 
 
-def _check_editable(mlps: tuple[MLP, ...]) -> None:
+def _check_editable(targets: Sequence[Target]) -> None:
     seen: dict[int, str] = {}
-    for target in (target for mlp in mlps for target in mlp.targets):
+    for target in targets:
         weight, name = target.linear.weight, target.name
         if weight.dtype not in EDITABLE_DTYPES or type(target.linear).forward is not nn.Linear.forward:
             raise ValueError(

@@ -1,0 +1,58 @@
+"""The paper's way to forget (arXiv 2509.11816), as a plan that :func:`cir.unlearn` carries out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from cir.config import BreakingConfig
+from cir.data.facts import Fact
+from cir.forgetting.batches import fact_batches, text_batches
+from cir.forgetting.breaking import Breaker
+from cir.forgetting.memory import needed, settle
+from cir.forgetting.plan import Epoch, Plan, Start
+from cir.model.capture import capture
+from cir.model.offload import offloaded
+from cir.model.sites import find_stack, sites_of
+
+
+def plan_breaking(
+    model: Any,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    config: BreakingConfig,
+    *,
+    retain: str | None,
+    disruption: str | None,
+    offload: str,
+) -> Plan:
+    """Epochs of steps over all facts, each as long, until the budget is spent."""
+    stack = find_stack(model)
+    layers = config.layers(len(stack.mlps))
+    targets = stack.targets(config.last_updated(len(stack.mlps)))
+    config.check_ranks(sites_of(targets))
+    config.check_rounding(targets[0].linear.weight.dtype)
+    batches = fact_batches(tokenizer, facts, config, model.device)
+    retain_batches, disruption_rows = text_batches(tokenizer, retain, disruption, config, model.device)
+    need = needed(model, stack, batches, retain_batches, config)
+    need, offloads = settle(model, stack, layers[-1], need, offload)
+
+    @contextmanager
+    def opened(on_step: Callable[[], object], stop: threading.Event) -> Iterator[Start]:
+        with (
+            offloaded(model, stack, layers[-1], model.device) if offloads else nullcontext(),
+            capture(model, stack, layers[-1], targets) as tape,
+        ):
+
+            def start() -> Epoch:
+                breaker = Breaker(tape, targets, layers, batches, retain_batches, config, at_once=need.tokens)
+                breaker.fit(on_step, stop)
+                return lambda number: breaker.epoch(config.rate, on_step, stop, last=number == config.max_epochs)
+
+            yield start
+
+    steps = (config.max_epochs + 1) * len(batches) + (len(retain_batches) if config.retain_rate else 0)
+    waiting = ", the upper ones of which wait on the host" if offloads else ""
+    return Plan(targets, disruption_rows, config.max_epochs, config.rate, steps, need.peak, waiting, opened)

@@ -1,0 +1,54 @@
+"""What a way to forget tells the loop that carries it out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cir.model.sites import Target
+
+
+@dataclass(frozen=True)
+class EpochLosses:
+    """Means over the steps of an epoch.
+
+    Attributes:
+        forget: of the loss that forgets: the mean log-probability of the answers in nats, or the paper's breaking loss.
+        retain: of the retain steps' loss; None where none was taken.
+        gone: whether nothing is left to forget.
+    """
+
+    forget: float
+    retain: float | None = None
+    gone: bool = False
+
+
+Epoch = Callable[[int], EpochLosses]
+"""Runs the epoch of a number, from 1 on."""
+Start = Callable[[], Epoch]
+"""Fits what has to be fitted first."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Epochs of steps on one model, all that could be checked beforehand checked.
+
+    Attributes:
+        targets: linears whose weights change. disruption: windows (N, L) of text on which harm is measured.
+        epochs: at most. rate: of an epoch's steps, for the report. steps: in all, with those that only fit.
+        memory: bytes of the device needed beyond the weights. waiting: what to say of weights that are not there.
+        opened: given what to call after each step and when to stop, captures the model.
+    """
+
+    targets: Sequence[Target]
+    disruption: Tensor
+    epochs: int
+    rate: float
+    steps: int
+    memory: int
+    waiting: str
+    opened: Callable[[Callable[[], object], threading.Event], AbstractContextManager[Start]]

@@ -1,0 +1,139 @@
+"""What is asked of facts: the tokens that tell them, and what the model says there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cir.data.facts import Fact
+from cir.data.tokens import Statement, pad, statements
+from cir.model.capture import AnswerCapture, Below, Hidden, Tokens
+
+CONTEXT = 3
+"""Tokens before another that make it likely whatever the fact: grammar, and the rest of a name."""
+GAIN = 1.0
+"""Nats by which all that was said before must make a token likelier than these alone do, for it to tell the fact."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Sentences in one forward, and the tokens (T,) in them that tell facts.
+
+    Attributes:
+        below: what the layers that do not change say of the sentences.
+        at: of each, the place of the real token that predicts it. answers: its id. owners: number of its fact.
+    """
+
+    below: Below
+    at: Tensor
+    answers: Tensor
+    owners: Tensor
+
+    def read(self, tape: AnswerCapture) -> Rows:
+        """Ask the model as it is."""
+        logprobs, hidden = self._asked(tape)
+        tokens = tape.backward(logprobs.sum(), hidden)
+        return Rows(self.owners, logprobs.detach().to(self.owners.device), tokens)
+
+    @torch.no_grad()
+    def logprobs(self, tape: AnswerCapture) -> Tensor:
+        """(T,) what the model as it is gives the answers, in nats."""
+        return self._asked(tape)[0].to(self.owners.device)
+
+    def _asked(self, tape: AnswerCapture) -> tuple[Tensor, Hidden]:
+        logprobs, hidden = tape.predict(self.below, self.at)
+        return logprobs.gather(1, self.answers.to(logprobs.device)[:, None]).squeeze(1), hidden
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens that tell facts, T of them.
+
+    Attributes:
+        owners: (T,) number of the fact of each. logprobs: (T,) what the model gives it, in nats.
+        tokens: at every site, rows (T, width): inputs where each is predicted, and gradients of its log-probability.
+    """
+
+    owners: Tensor
+    logprobs: Tensor
+    tokens: Tokens
+
+    def __getitem__(self, kept: Tensor) -> Rows:
+        """Those of the places, or of the mask, ``kept``."""
+        tokens = {name: rows[kept.to(rows.device)] for name, rows in self.tokens.items()}
+        return Rows(self.owners[kept], self.logprobs[kept], tokens)
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """All of ``parts`` in one."""
+    owners, logprobs = (torch.cat([getattr(part, name) for part in parts]) for name in ("owners", "logprobs"))
+    tokens = {name: torch.cat([part.tokens[name] for part in parts]) for name in parts[0].tokens}
+    return Rows(owners, logprobs, tokens)
+
+
+def questions(
+    tape: AnswerCapture,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    device: torch.device,
+    *,
+    max_length: int,
+    at_once: int,
+    numbers: Sequence[int] | None = None,
+) -> list[Questions]:
+    """Ask for ``facts``, in forwards of at most ``at_once`` tokens, padding included, or of one sentence.
+
+    A token tells the fact if all that goes before it in its sentence makes it likelier than the last :data:`CONTEXT`
+    tokens do, by :data:`GAIN`; of each sentence at least the one for which that is most does.
+
+    Args:
+        numbers: of the facts; by default their places.
+
+    Raises:
+        ValueError: on a sentence of more than ``max_length`` tokens or of one.
+    """
+    told = [
+        (number, statement)
+        for number, fact in zip(range(len(facts)) if numbers is None else numbers, facts, strict=True)
+        for statement in statements(tokenizer, fact, max_length)
+    ]
+    opening = tokenizer("")["input_ids"]
+    return [_asked(tape, part, opening, device) for part in _parts(told, at_once)]
+
+
+def _asked(
+    tape: AnswerCapture, part: Sequence[tuple[int, Statement]], opening: list[int], device: torch.device
+) -> Questions:
+    batch = pad([statement.ids[: statement.told[-1]] for _, statement in part]).to(device)
+    lengths = batch.attention_mask.sum(1)
+    pairs = [(row, place) for row, (_, statement) in enumerate(part) for place in statement.told]
+    rows, places = (torch.tensor(numbers, device=device) for numbers in zip(*pairs, strict=True))
+    answers = torch.tensor([part[row][1].ids[place] for row, place in pairs], device=device)
+    owners = torch.tensor([number for number, _ in part], device=device)[rows]
+    found = Questions(tape.below(batch), (lengths.cumsum(0) - lengths)[rows] + places - 1, answers, owners)
+    if len(pairs) == len(part):
+        return found
+    # The same tokens after a few others alone.
+    short = [opening + part[row][1].ids[max(place - CONTEXT, len(opening)) : place] for row, place in pairs]
+    alone = pad(short).to(device)
+    ends = alone.attention_mask.sum(1).cumsum(0) - 1
+    gain = found.logprobs(tape) - Questions(tape.below(alone), ends, answers, owners).logprobs(tape)
+    most = gain.new_full((len(part),), -torch.inf).scatter_reduce(0, rows, gain, "amax")
+    kept = (gain >= GAIN) | (gain == most[rows])
+    return Questions(found.below, found.at[kept], answers[kept], owners[kept])
+
+
+def _parts(told: Sequence[tuple[int, Statement]], at_once: int) -> Iterator[list[tuple[int, Statement]]]:
+    part: list[tuple[int, Statement]] = []
+    for number, statement in told:
+        width = max(len(other.ids) for _, other in [*part, (number, statement)])
+        if part and width * (len(part) + 1) > at_once:
+            yield part
+            part = []
+        part.append((number, statement))
+    if part:
+        yield part
