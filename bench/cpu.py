@@ -1,4 +1,4 @@
-"""One training epoch on SmolLM2-135M, ours against the eager form, side by side in one process.
+"""One epoch of the paper's way on SmolLM2-135M, ours against the eager form, side by side in one process.
 
     python -m bench.cpu [--facts F.jsonl ...] [--repeats 5] [--out bench/results]
 
@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,17 @@ import torch
 
 from bench.eager import EagerCIR
 from bench.records import ROOT, mark_memory, process_memory, write_rows
-from cir import CIRConfig, load_facts
+from cir import load_facts
+from cir.config import BreakingConfig
 from cir.data.shipped import DATA
-from cir.forgetting.batches import fact_batches, text_batches
-from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.batches import fact_batches
+from cir.forgetting.breaking import Breaker
 from cir.forgetting.update import restore, snapshot
 from cir.model.capture import capture
 from cir.model.checkpoints import demo_model, load_model
 from cir.model.sites import Target, find_stack
 
-FORMS = ("eager", "trimmed", "ours", "ours without background")
+FORMS = ("eager", "trimmed", "ours")
 BUILT_IN = [str(DATA / f"demo_{name}.jsonl") for name in ("forget", "related")]
 Epoch = Callable[[], object]
 
@@ -42,15 +42,14 @@ class Workload:
     """The model, the batches, and an epoch of each form, ready to run from the original weights."""
 
     def __init__(self, fact_files: list[str]) -> None:
-        # Of both forms the forget step alone, on whole sentences, as the paper has them.
-        self.config = CIRConfig(growth_weight=0.0, to_answers=False, word_dropout=0.0, retain_rate=0.0)
+        # The forget step alone.
+        self.config = BreakingConfig(mode="orthogonal", rank_activation=12, rank_gradient=12, retain_rate=0.0)
         self.model, tokenizer = load_model(demo_model(), device="cpu")
         self.stack = find_stack(self.model)
         self.layers = self.config.layers(len(self.stack.mlps))
         self.targets: list[Target] = self.stack.targets(self.layers[-1])
         facts = [fact for file in fact_files for fact in load_facts(file)]
         self.batches = fact_batches(tokenizer, facts, self.config, self.model.device)
-        self.retain, _ = text_batches(tokenizer, None, None, self.config, self.model.device)
         self.weights = snapshot(self.targets)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -58,13 +57,12 @@ class Workload:
     def prepare(self, form: str, undo: ExitStack) -> Epoch:
         """Everything up to the first update epoch of ``form``, which the function returned then runs."""
         undo.callback(restore, self.targets, self.weights)
-        if not form.startswith("ours"):
+        if form != "ours":
             return self._eager(undo, trims=form == "trimmed")
-        config = self.config if form == "ours" else replace(self.config, rank_background=0)
         tape = undo.enter_context(capture(self.model, self.stack, self.layers[-1]))
-        forgetter = Forgetter(tape, self.targets, self.layers, self.batches, self.retain, config)
-        forgetter.fit()
-        return lambda: forgetter.epoch(config.rate)
+        breaker = Breaker(tape, self.targets, self.layers, self.batches, [], self.config)
+        breaker.fit()
+        return lambda: breaker.epoch(self.config.rate)
 
     def _eager(self, undo: ExitStack, trims: bool) -> Epoch:
         config = self.config
@@ -129,11 +127,11 @@ def main() -> None:
     floor = workload.flops() / matmul_rate()
     rows = [row(form, times, memory, workload.flops(), floor) for form in FORMS]
     print(f"{len(workload.batches)} batches; floor {workload.flops() / 1e9:.0f} GFLOP = {floor:.2f} s")
-    print(f"{'form':<26}{'seconds':>9}{'min..max':>14}{'speed-up':>10}{'MiB':>7}{'of floor':>10}")
+    print(f"{'form':<9}{'seconds':>9}{'min..max':>14}{'speed-up':>10}{'MiB':>7}{'of floor':>10}")
     for r in rows:
         span = f"{r['min_s']:.2f}..{r['max_s']:.2f}"
         print(
-            f"{r['form']:<26}{r['median_s']:>9.2f}{span:>14}{r['speedup']:>9.2f}x{r['peak_bytes'] / 2**20:>7.0f}"
+            f"{r['form']:<9}{r['median_s']:>9.2f}{span:>14}{r['speedup']:>9.2f}x{r['peak_bytes'] / 2**20:>7.0f}"
             f"{r['median_s'] / floor:>9.1f}x"
         )
     write_rows(arguments.out / "cpu.jsonl", rows)

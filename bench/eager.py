@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cir.config import CIRConfig
+from cir.config import BreakingConfig
 from cir.data.tokens import Batch
 from cir.model.sites import MLP, Stack
 
@@ -59,7 +59,7 @@ class EagerCIR:
         model: Any,
         stack: Stack,
         loss_layers: Sequence[int],
-        config: CIRConfig,
+        config: BreakingConfig,
         solve: Callable[[Tensor, int], Basis] = pca,
         trims: bool = True,
     ) -> None:

@@ -41,7 +41,9 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model, self.tokenizer = load_model(demo_model(), device="cpu")
         stack = find_stack(self.model)
-        self.targets = stack.targets(len(stack.mlps) - 1)
+        self.mlps = stack.targets(len(stack.mlps) - 1)
+        # With the outputs of attention, which edits change too.
+        self.targets = list({target.name: target for target in [*self.mlps, *stack.writers(0)]}.values())
         self.weights, self.fingerprint = snapshot(self.targets), fingerprint(self.targets)
         self.facts, self.contrast = load_all(arguments.facts), load_all(arguments.contrast)
         text = builtin_text() if arguments.text is None else Path(arguments.text).read_text(encoding="utf-8")
@@ -76,7 +78,7 @@ class Bench:
             self.tokenizer, [fact], batch_size=len(fact.sentences), max_length=128, skip_first=0
         )
         labels = batch.input_ids.masked_fill(~batch.attention_mask, -100)
-        weights = [target.linear.weight.requires_grad_(True) for target in self.targets]
+        weights = [target.linear.weight.requires_grad_(True) for target in self.mlps]
         optimizer = torch.optim.Adam(weights, lr=ASCENT_RATE, maximize=True)
         before = self.recall([fact])[fact.id]
         for step in range(1, ASCENT_STEPS + 1):

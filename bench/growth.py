@@ -2,9 +2,9 @@
 
     python -m bench.growth [--model 8b|small] [--out bench/results]
 
-An epoch here is its forget steps and the solve of the next bases, with no retain step or budget check; the model and
-the sentences are those of ``bench.step``. Each point is the faster of two epochs, after one that fits; a long one is
-measured once. ``growth.png`` draws them with lines of slope one.
+An epoch here is the paper's: its forget steps and the solve of the next bases, with no retain step or budget check;
+the model and the sentences are those of ``bench.step``. Each point is the faster of two epochs, after one that fits;
+a long one is measured once. ``growth.png`` draws them with lines of slope one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from bench.records import ROOT, write_rows
 from bench.step import WORKLOADS, Run, Workload, seconds
 from cir.forgetting.batches import fact_batches
-from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.breaking import Breaker
 from cir.forgetting.update import restore, snapshot
 from cir.model.capture import capture
 
@@ -57,11 +57,11 @@ def measured(workload: Workload, model: Any = None) -> dict[str, Any]:
     batches = fact_batches(run.tokenizer, run.facts, run.config, run.device)
     weights = snapshot(run.targets)
     with capture(run.model, run.stack, run.layers[-1]) as tape:
-        forgetter = Forgetter(tape, run.targets, run.layers, batches, [], run.config)
-        forgetter.fit()
-        spent = seconds(lambda: forgetter.epoch(run.config.rate), run.device)
+        breaker = Breaker(tape, run.targets, run.layers, batches, [], run.config)
+        breaker.fit()
+        spent = seconds(lambda: breaker.epoch(run.config.rate), run.device)
         if spent < LONG:
-            spent = min(spent, seconds(lambda: forgetter.epoch(run.config.rate), run.device))
+            spent = min(spent, seconds(lambda: breaker.epoch(run.config.rate), run.device))
     restore(run.targets, weights)
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     size = sum(

@@ -1,9 +1,10 @@
 """What rounding an update to bfloat16 weights drops, and what that costs: forgetting at equal disruption.
 
-    python -m bench.rounding [--facts A.jsonl ...] [--retain R.txt --disruption D.txt] [--epochs 2] [--seeds 0 1 2]
+    python -m bench.rounding [--facts A.jsonl ...] [--retain R.txt --disruption D.txt] [--doses 1 0.3] [--seeds 0 1]
 
-SmolLM2-135M with its weights rounded to bfloat16, then unlearned with each rounding of the updates, and with none.
-They lie in float32, whose products are faster on a CPU; every update leaves them with values of bfloat16.
+SmolLM2-135M with the weights that are updated rounded to bfloat16, then unlearned with each rounding of the updates,
+and with none. They lie in float32, whose products are faster on a CPU; every update leaves them with values of
+bfloat16. Nothing is relearned on the way: those updates are taken back, and would count among the others.
 """
 
 from __future__ import annotations
@@ -76,14 +77,15 @@ def main() -> None:
     parser.add_argument("--retain", type=Path)
     parser.add_argument("--disruption", type=Path)
     parser.add_argument("--budget", type=float, default=0.003)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=CIRConfig.max_steps, help="at most")
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--rates", type=float, nargs="+", default=[CIRConfig().rate])
+    parser.add_argument("--doses", type=float, nargs="+", default=[CIRConfig.dose], help="nats of a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     arguments = parser.parse_args()
     model, tokenizer = load_model(demo_model(), device="cpu")
-    targets = find_stack(model).targets(len(find_stack(model).mlps) - 1)
+    stack = find_stack(model)
+    targets = stack.writers(CIRConfig().first_layer(len(stack.mlps)))
     facts = [fact for path in arguments.facts for fact in load_facts(path)]
     texts = {
         name: path.read_text(encoding="utf-8")
@@ -91,12 +93,13 @@ def main() -> None:
         if path
     }
     originals = [weight.bfloat16() for weight in snapshot(targets)]
-    print(f"{'rounding':<13}{'rate':>6}{'seed':>6}{'recall':>9}{'rise':>10}{'kept of the updates':>21}", flush=True)
-    for rate, seed in itertools.product(arguments.rates, arguments.seeds):
+    print(f"{'rounding':<13}{'dose':>6}{'seed':>6}{'recall':>9}{'rise':>10}{'kept of the updates':>21}", flush=True)
+    for dose, seed in itertools.product(arguments.doses, arguments.seeds):
         config = CIRConfig(
-            rate=rate,
+            dose=dose,
+            relearning_steps=0,
             budget=arguments.budget,
-            max_epochs=arguments.epochs,
+            max_steps=arguments.steps,
             disruption_tokens=arguments.tokens,
             seed=seed,
         )
@@ -108,9 +111,9 @@ def main() -> None:
             row = {
                 "bench": "rounding",
                 "rounding": rounding or "float32",
-                "rate": rate,
+                "dose": dose,
                 "seed": seed,
-                "epochs": arguments.epochs,
+                "steps": arguments.steps,
                 "tokens": arguments.tokens,
                 "budget": arguments.budget,
                 "facts": len(facts),
@@ -121,7 +124,7 @@ def main() -> None:
             }
             write_rows(arguments.out / "rounding.jsonl", [row])
             print(
-                f"{row['rounding']:<13}{rate:>6}{seed:>6}{row['recall']:>9.4f}{row['rise']:>+10.3%}{row['kept']:>21.2%}",
+                f"{row['rounding']:<13}{dose:>6}{seed:>6}{row['recall']:>9.4f}{row['rise']:>+10.3%}{row['kept']:>21.2%}",
                 flush=True,
             )
 

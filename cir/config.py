@@ -48,12 +48,11 @@ class CIRConfig:
 
     Attributes:
         layers: of the model that are updated, from the top: a share of its depth.
-        dose: by how many nats a step is to lower the log-probability of each fact's answers, to first order.
-        floor: log-probability at which an answer counts as gone.
-        relearning_steps: after each step, relearn a part of the facts in so many steps, and step along what the others
-            come back by; 0 for none. Where there is but one fact, there is nothing to relearn from.
-        relearning_floor: log-probability at which an answer counts as gone after that.
-        folds: parts of the facts, of which each is asked after the others were relearned.
+        dose: by how many nats a step is to lower the log-odds of each fact's answers, to first order.
+        floor: log-odds at which an answer counts as gone.
+        relearning_steps: relearn a part of the facts in so many steps, and step along what the others come back by,
+            from when most are gone on; 0 for never. Where there is but one fact, there is nothing to relearn from.
+        relearning_floor: log-odds at which an answer counts as gone after that.
         max_change: of a fact, the Frobenius norm of one step over that of all weights updated, at most.
         ridge_activation, ridge_gradient: m of the soft collapse, in mean eigenvalues of what is collapsed: directions
             that are used less than this are free.
@@ -68,8 +67,8 @@ class CIRConfig:
         max_steps: at most. check_every: steps between measurements.
         budget: highest relative rise of the loss on the disruption text. worst_window: highest rise of one of its
             windows, in nats a token.
-        disruption_tokens: tokens of that text measured, half of them where it is nearest the facts, the others evenly
-            spread; None for all. The fewer they are, the larger the standard error that is kept free below the budget.
+        disruption_tokens: tokens of that text measured, half of them where it is nearest the facts, the others
+            evenly spread; None for all. The fewer they are, the larger the standard error kept free below the budget.
         full_check: at the end, measure all of that text, and where the loss rose by more than the budget, go back on
             the line to the model as it came. Takes one measurement of the text more at the start, too.
         target_recall: stop once mean recall is at or below this; None to go on until every answer is gone.
@@ -79,9 +78,8 @@ class CIRConfig:
     layers: float = 0.3
     dose: float = 1.0
     floor: float = -6.0
-    relearning_steps: int = 3
+    relearning_steps: int = 5
     relearning_floor: float = -4.5
-    folds: int = 2
     max_change: float = 0.05
     ridge_activation: float = 3e-3
     ridge_gradient: float = 1e-2
@@ -109,13 +107,12 @@ class CIRConfig:
             _require(value > 0 and math.isfinite(value), name, "a positive number", value)
         for name in ("floor", "relearning_floor"):
             value = getattr(self, name)
-            _require(value < 0 and math.isfinite(value), name, "a log-probability below 0", value)
+            _require(value < 0 and math.isfinite(value), name, "log-odds below 0", value)
         for name in ("contrast_weight", "text_weight", "relearning_steps"):
             value = getattr(self, name)
             _require(value >= 0 and math.isfinite(value), name, "zero or more", value)
         for name in ("batch_size", "max_steps", "check_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.folds >= 2, "folds", "at least 2", self.folds)
         valid = self.rank >= 1 if isinstance(self.rank, int) else 0 < self.rank <= 1
         _require(valid, "rank", "1 or more directions, or a share above 0 and at most 1", self.rank)
         _check_common(self)
@@ -168,8 +165,8 @@ class BreakingConfig:
         update_loss_layers: update these too, as the paper does.
         mode: collapse, ``orthogonal``, ``sequential`` (the paper's) or ``soft`` (RepSelect's).
         statistics: whose components are common: those of the facts' ``tokens``, or of their ``weight_gradients``.
-        rank_activation, rank_gradient: directions collapsed at each kind of site, the mean included; 0 for none. An int is a
-            number of directions, a float a share of the site's width.
+        rank_activation, rank_gradient: directions collapsed at each kind of site, the mean included; 0 for none. An
+            int is a number of directions, a float a share of the site's width.
         exact: solve bases from full D x D scatters instead of sketches. Slow and large; a check.
         rate: r, the Frobenius norm of each forget step over all weights together.
         retain_rate: learning rate of the retain step that follows each forget step; 0 leaves it out.
@@ -271,13 +268,13 @@ class EditConfig:
     """How :class:`cir.Editor` forgets one fact.
 
     Attributes:
-        dose: by how many nats a step is to lower the log-probability of the fact's answer, to first order; halved when
+        dose: by how many nats a step is to lower the log-odds of the fact's answer, to first order; halved when
             neighbours suffer.
         max_steps: steps at most. check_every: steps between looks at the fact.
         target_recall: share of the fact's recall at which it counts as forgotten.
         keep: share of the neighbours' mean recall that must stay. neighbours: facts watched at most.
-        budget: highest relative rise of the text loss in one edit. worst_window: highest rise of one window of the text,
-            in nats a token. text_tokens: of the text, measured: half of them nearest the fact, the others evenly spread.
+        budget: highest relative rise of the text loss in one edit. worst_window: highest rise of one window of the
+            text, in nats a token. text_tokens: of the text, measured: half of them nearest the fact.
         rank, energy: the change is kept as factors of the smallest rank that holds this share of its squared norm,
             and of this rank at most.
         rounding: of 16-bit weights, see :func:`cir_kernels.outer_update_`.

@@ -22,7 +22,7 @@ from typing import Any
 
 import cir
 
-CONFIG_HELP = 'fields of cir.EditConfig as JSON, such as {"rate": 0.2}'
+CONFIG_HELP = 'fields of cir.EditConfig as JSON, such as {"dose": 0.5}'
 
 
 def forget_all(editor: cir.Editor, facts: Sequence[cir.Fact], leave: float) -> Iterator[tuple[cir.Edit | None, dict]]:

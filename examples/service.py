@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import cir
 
-CONFIG_HELP = 'fields of cir.EditConfig as JSON, such as {"rate": 0.2}'
+CONFIG_HELP = 'fields of cir.EditConfig as JSON, such as {"dose": 0.5}'
 RETRY_AFTER = "5"  # seconds, about one edit
 Text = Annotated[str, Field(min_length=1, max_length=2000)]
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]

@@ -53,19 +53,6 @@ def breaking_loss(outputs: dict[int, Tensor], originals: dict[int, Tensor], mask
     return sum(by_layer) / len(by_layer)
 
 
-def growth_loss(outputs: dict[int, Tensor], originals: dict[int, Tensor], mask: Tensor) -> float:
-    by_layer = []
-    for layer, original in originals.items():
-        grown = []
-        for t in range(len(mask)):
-            if mask[t]:
-                ratio = math.sqrt(sum(float(x) ** 2 for x in outputs[layer][t]))
-                ratio /= math.sqrt(sum(float(x) ** 2 for x in original[t]))
-                grown.append(max(0.0, math.log(ratio) - 0.01))
-        by_layer.append(sum(grown) / len(grown))
-    return sum(by_layer) / len(by_layer)
-
-
 def retain_loss(hidden: Tensor, original: Tensor, mask: Tensor) -> float:
     distances, norms = [], []
     for t in range(len(mask)):

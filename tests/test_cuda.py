@@ -6,17 +6,17 @@ import pytest
 import torch
 
 import cir
-from cir import CIRConfig
+from cir.config import BreakingConfig, CIRConfig
 from cir.model.offload import offloaded, upper_modules
 from cir.model.sites import find_stack
 from tests.tiny import TEXT, facts, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-CONFIG = CIRConfig(
+CONFIG = BreakingConfig(
     loss_layers=(1, 3),
+    update_loss_layers=False,
     rank_activation=3,
     rank_gradient=3,
-    rank_background=2,
     rate=0.05,
     retain_rate=1e-3,
     retain_length=32,
@@ -25,19 +25,23 @@ CONFIG = CIRConfig(
 )
 
 
-def unlearned(tokenizer, device, dtype, monkeypatch=None, backend=None):
+PAIRS = CIRConfig(layers=0.5, budget=10.0, worst_window=10.0, max_steps=4)
+
+
+def unlearned(tokenizer, device, dtype, monkeypatch=None, backend=None, config=CONFIG):
     if backend:
         monkeypatch.setenv("CIR_KERNELS_BACKEND", backend)
     model = tiny_llama(dtype).to(device)
     before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-    report = cir.unlearn(model, tokenizer, facts(), retain=TEXT, config=CONFIG, progress=False)
+    report = cir.unlearn(model, tokenizer, facts(), retain=TEXT, config=config, progress=False)
     return report, {name: p.detach().cpu() - before[name] for name, p in model.named_parameters()}
 
 
-def test_the_step_on_a_gpu_is_the_step_on_a_cpu(tokenizer):
-    report, moved = unlearned(tokenizer, "cuda", torch.float32)
+@pytest.mark.parametrize("config", [CONFIG, PAIRS])
+def test_the_step_on_a_gpu_is_the_step_on_a_cpu(tokenizer, config):
+    report, moved = unlearned(tokenizer, "cuda", torch.float32, config=config)
     assert report.epochs
-    want = unlearned(tokenizer, "cpu", torch.float32)[1]
+    want = unlearned(tokenizer, "cpu", torch.float32, config=config)[1]
     total = torch.stack([change.norm() for change in want.values()]).norm()
     apart = torch.stack([(change - moved[name]).norm() for name, change in want.items()]).norm()
     assert float(total) > 0

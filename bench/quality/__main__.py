@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--relearn", default=str(DATA / "demo_related.jsonl"))
     parser.add_argument("--probe", default=str(DATA / "demo_forget.jsonl"))
     parser.add_argument("--neighbours", default=str(DATA / "demo_neighbours.jsonl"))
+    parser.add_argument("--contrast", help="facts of which cir is told that they must stay; default: --neighbours")
     parser.add_argument("--same-subject", help="facts: other relations of the same subjects, which must stay")
     parser.add_argument("--gold", help="a model that never knew the facts, with which each is compared")
     parser.add_argument("--retain", help="text; default: the built-in one, of which a third measures disruption")
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="+", choices=list(RELEARNINGS), default=list(RELEARNINGS))
     parser.add_argument("--ablate", action="store_true", help="variants of cir instead, at the last budget")
     parser.add_argument(
-        "--small", action="store_true", help="one seed, one attack, every other rate of a baseline, two epochs"
+        "--small", action="store_true", help="one seed, one attack, every other rate of a baseline, two of its epochs"
     )
     parser.add_argument("--report", action="store_true", help="only draw the report of the rows in --out")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
@@ -60,6 +61,7 @@ def main() -> None:
         attacks=tuple(arguments.attacks[:1] if arguments.small or arguments.ablate else arguments.attacks),
         thorough=not arguments.small,
         same_subject=load_facts(arguments.same_subject) if arguments.same_subject else [],
+        contrast=load_facts(arguments.contrast) if arguments.contrast else [],
         gold=arguments.gold,
     )
     check_apart(task.relearn, task.probe)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import cir
 from bench.baselines import BASELINES
-from cir import CIRConfig, Fact, Subspaces, relearn
+from cir import CIRConfig, Fact, relearn
+from cir.config import BreakingConfig
 from cir.data.sampling import spread
-from cir.forgetting.batches import fact_batches, text_batches
+from cir.forgetting.batches import fact_batches, split_text, text_batches
 from cir.forgetting.budget import Meter, retreat
 from cir.forgetting.report import Measure
 from cir.measures import kl_divergence, mean_recall, recall, reference_of
@@ -43,7 +44,7 @@ class Task:
             same subjects, and neither.
         tokens: of ``disruption`` that are measured. attacks: names out of ``relearnings``.
         thorough: try every rate of a baseline.
-        contrast: what editors are told must stay.
+        contrast: what a method that can be told so is told must stay; see :attr:`told`.
         gold: a model that never knew ``relearn`` and ``probe``, to be compared with.
         wrong: answers that are wrong, by the id of a probed fact, for the truth ratio.
     """
@@ -66,6 +67,11 @@ class Task:
     @property
     def epochs(self) -> int:
         return MAX_EPOCHS if self.thorough else 2
+
+    @property
+    def told(self) -> list[Fact]:
+        """What must stay and is given; where nothing is, the neighbours, whose recall is then not of facts unseen."""
+        return self.contrast or self.neighbours
 
     @property
     def facts(self) -> list[Fact]:
@@ -115,7 +121,7 @@ class Bench:
         self.model, self.tokenizer = load_model(source)
         self.weights = [parameter.detach().to("cpu", copy=True) for parameter in self.model.parameters()]
         # Losses of the original, against which every method is measured.
-        _, rows = text_batches(self.tokenizer, task.retain, task.disruption, CIR, self.model.device)
+        _, rows = split_text(self.tokenizer, task.retain, task.disruption, CIR)
         self.meter = Meter(self.model, self.tokenizer, task.facts, rows, task.tokens)
         self.reference = reference_of(self.model, spread(rows, min(task.tokens, KL_TOKENS)))
         self.before = self.meter.before
@@ -141,21 +147,18 @@ class Bench:
         finally:
             put(self.model.parameters(), self.weights)
 
-    def forget_with(self, config: CIRConfig, contrast: bool = False) -> Outcome:
-        """By :func:`cir.unlearn`, against bases of the neighbours where ``contrast``."""
-        started, subspaces = time.perf_counter(), None
+    def forget_with(self, config: CIRConfig | BreakingConfig, contrast: Sequence[Fact] = ()) -> Outcome:
+        """By :func:`cir.unlearn`, which is told that ``contrast`` must stay."""
+        started = time.perf_counter()
         with self.restored():
-            if contrast:
-                texts = self.task.retain, self.task.neighbours
-                subspaces = Subspaces.fit(self.model, self.tokenizer, *texts, config=config, progress=False)
             report = cir.unlearn(
                 self.model,
                 self.tokenizer,
                 self.task.facts,
+                contrast=contrast or None,
                 retain=self.task.retain,
                 disruption=self.task.disruption,
                 config=config,
-                subspaces=subspaces,
                 progress=False,
             )
             state = copies(self.model.parameters())
@@ -166,8 +169,8 @@ class Bench:
         self, name: str, rate: float, budgets: Sequence[float], seed: int
     ) -> dict[float, Outcome]:
         """The last state inside each of ``budgets`` on the way of a baseline at ``rate``."""
-        # Whole sentences, and about as many retain tokens a step, as the papers have it.
-        settings = replace(CIR, seed=seed, to_answers=False, word_dropout=0.0, retain_batch_size=4)
+        # About as many retain tokens a step as of sentences, as the papers have it.
+        settings = BreakingConfig(seed=seed, retain_batch_size=4)
         batches = fact_batches(self.tokenizer, self.task.facts, settings, self.model.device)
         retain, _ = text_batches(self.tokenizer, self.task.retain, None, settings, self.model.device)
         epochs, left, steps, found = self.task.epochs, sorted(budgets), [], {}

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.records import write_rows
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """The fields of a configuration as a row that was read has them."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 class Rows:

@@ -9,33 +9,29 @@ from typing import Any
 
 from bench.baselines import BASELINES
 from bench.quality.measuring import CIR, Bench, Outcome
-from bench.quality.rows import Rows
+from bench.quality.rows import Rows, plain
 from cir import CIRConfig
+from cir.config import BreakingConfig
+from cir.forgetting.report import hash_facts
 
-METHODS: dict[str, CIRConfig] = {"cir": CIR, "repselect": CIRConfig.repselect()}
+METHODS: dict[str, CIRConfig | BreakingConfig] = {"cir": CIR, "repselect": CIRConfig.repselect()}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "no collapse": {"rank_background": 0, "rank_activation": 0, "rank_gradient": 0},
-    "activations only": {"rank_gradient": 0},
-    "gradients only": {"rank_background": 0, "rank_activation": 0},
-    "facts' bases only (the paper)": {"rank_background": 0},
-    "retain text's bases only": {"rank_activation": 0, "rank_gradient": 0},
-    "contrast facts' bases": {"contrast": True},
-    "sequential": {"mode": "sequential", "rank_background": 0},
-    "soft": {"mode": "soft"},
-    "whole sentences": {"to_answers": False},
-    "no word dropout": {"word_dropout": 0.0},
-    "background of a third": {"rank_background": 1 / 3},
-    "background of two thirds": {"rank_background": 2 / 3},
-    "half of k": {"rank_activation": 6, "rank_gradient": 6},
-    "twice k": {"rank_activation": 24, "rank_gradient": 24},
-    "loss layers 3..9 of 32": {"loss_layers": (3 / 32, 9 / 32)},
-    "loss layers 12..18 of 32": {"loss_layers": (12 / 32, 18 / 32)},
-    "no retain step": {"retain_rate": 0.0},
-    "outputs may grow": {"growth_weight": 0.0},
-    "outputs must not grow at all": {"growth_weight": 1.0},
-    "loss layers updated too": {"update_loss_layers": True},
+    "without contrast facts": {"contrast": False},
+    "contrast facts count as text does": {"contrast_weight": 1.0},
+    "no gradients of text": {"text_weight": 0.0},
+    "no relearning": {"relearning_steps": 0},
+    "lower floor of relearning": {"relearning_floor": -6.0},
+    "floor of -4": {"floor": -4.0},
+    "floor of -8": {"floor": -8.0},
+    "dose of 2": {"dose": 2.0},
+    "ridges x 10": {"ridge_activation": 3e-2, "ridge_gradient": 1e-1},
+    "ridges / 10": {"ridge_activation": 3e-4, "ridge_gradient": 1e-3},
+    "half of the directions": {"rank": 0.5},
+    "a fifth of the layers": {"layers": 0.2},
+    "half of the layers": {"layers": 0.5},
 }
+"""Of each variant, what is other than in cir; ``contrast`` is no field, but whether contrast facts are told."""
 
 
 def untouched(bench: Bench, rows: Rows) -> None:
@@ -44,12 +40,16 @@ def untouched(bench: Bench, rows: Rows) -> None:
         rows.add(bench.examine(Outcome(bench.before, [], 0.0, bench.weights)), **key)
 
 
-def run(bench: Bench, rows: Rows, config: CIRConfig, contrast: bool = False, **key: Any) -> None:
-    """The row of ``key``, of a run by :func:`cir.unlearn`."""
-    key |= {"budget": config.budget, "seed": config.seed}
+def run(bench: Bench, rows: Rows, config: CIRConfig | BreakingConfig, contrast: bool = True, **key: Any) -> None:
+    """The row of ``key``, of a run by :func:`cir.unlearn`; the paper's way cannot be told what must stay."""
+    told = bench.task.told if contrast and isinstance(config, CIRConfig) else []
+    config = replace(config, disruption_tokens=bench.task.tokens)
+    if isinstance(config, BreakingConfig):
+        config = replace(config, max_epochs=bench.task.epochs)
+    key |= {"budget": config.budget, "seed": config.seed, "config": plain(config)}
+    key["contrast"] = hash_facts(told)[:12] if told else None
     if rows.get(**key) is None:
-        config = replace(config, max_epochs=bench.task.epochs, disruption_tokens=bench.task.tokens)
-        rows.add({"rate": config.rate, **bench.examine(bench.forget_with(config, contrast))}, **key)
+        rows.add(bench.examine(bench.forget_with(config, told)), **key)
 
 
 def run_baseline(bench: Bench, rows: Rows, name: str, budgets: Sequence[float], seeds: Sequence[int]) -> None:
@@ -87,6 +87,7 @@ def compare(bench: Bench, rows: Rows, methods: Sequence[str], budgets: Sequence[
 
 def ablate(bench: Bench, rows: Rows, budget: float, seeds: Sequence[int]) -> None:
     for (variant, changes), seed in itertools.product(ABLATIONS.items(), seeds):
-        fields = {name: value for name, value in changes.items() if name != "contrast"}
+        fields = {"contrast": True, **changes}
+        contrast = fields.pop("contrast")
         config = replace(CIR, **fields, budget=budget, seed=seed)
-        run(bench, rows, config, "contrast" in changes, kind="ablation", method="cir", variant=variant)
+        run(bench, rows, config, contrast, kind="ablation", method="cir", variant=variant)

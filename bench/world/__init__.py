@@ -6,12 +6,12 @@
 
 A model is taught a world of people, places and works until it recalls at least 0.9 of it, asked in wordings in which
 it was not taught the fact. From the same seed another is taught all but what is to be forgotten: gold. Each method
-then makes the first forget, at its best rate inside the budget; every attack is made on both models; and what tells
-one from the other is the mean difference by fact, with its standard error, and TOFU's forget quality. What must stay
-is measured apart: the same relation of other subjects, other relations of the same subjects, the rest, and text by
-its mean and by its worst window.
+then makes the first forget, at its best rate inside the budget (of cir floors, of the editor doses, are tried); every
+attack is made on both models; and what tells one from the other is the mean difference by fact, with its standard
+error, and TOFU's forget quality. What must stay is measured apart: the same relation of other subjects, other
+relations of the same subjects, the rest, and text by its mean and by its worst window.
 
 Models are made once and kept in --models, never committed. A row is written to world.jsonl as soon as it is measured,
 and one that is there already is not measured again. The table at the end has the means over seeds. --set changes
-fields of the configurations of our own methods: --set growth_weight=0 mode=soft.
+fields of the configurations of our own methods: --set relearning_steps=0 contrast_weight=1.
 """

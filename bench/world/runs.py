@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.baselines import BASELINES
-from bench.pairs import PairConfig, outcome
-from bench.quality.measuring import Bench, Outcome, Task, copies, put
-from bench.quality.rows import Rows
+from bench.quality.measuring import Bench, Outcome, Task, copies
+from bench.quality.rows import Rows, plain
 from bench.world.grammar import World
 from bench.world.training import SIZES, VERSION, prepared
 from cir import CIRConfig, EditConfig, EditError, Editor, Subspaces
+from cir.config import BreakingConfig
 from cir.proof.relearning import Relearning
 
 RELEARNINGS = {
@@ -29,20 +29,22 @@ TEXT, HELD_OUT = 20_000, 16_384
 
 @dataclass(frozen=True)
 class Method:
-    """A configuration, and the rates tried (of pairs, floors): the best inside the budget counts."""
+    """A configuration, and the rates tried, of cir the floors and of the editor the doses: the best inside the budget
+    counts.
+    """
 
     rates: tuple[float, ...]
-    config: CIRConfig | EditConfig | PairConfig | None = None
+    config: CIRConfig | BreakingConfig | EditConfig | None = None
 
 
-_KEEP = {"retain_rate": 0.003, "retain_batch_size": 4}
+LAYERS = 1.0
+"""Of a model as shallow as these, each layer has to do with facts."""
 _RANKS = {"rank_activation": 12, "rank_gradient": 18}
 METHODS: dict[str, Method] = {
-    "cir": Method((1.0, 3.0, 10.0), replace(CIRConfig(), **_KEEP)),
-    "paper": Method((0.3, 1.0, 3.0), replace(CIRConfig.paper(), **_KEEP, **_RANKS)),
+    "cir": Method((-4.0, -6.0, -8.0), CIRConfig(layers=LAYERS)),
+    "paper": Method((0.3, 1.0, 3.0), replace(CIRConfig.paper(), retain_rate=0.003, retain_batch_size=4, **_RANKS)),
     "repselect": Method((0.1, 0.3, 1.0), replace(CIRConfig.repselect(), **_RANKS)),
-    "editor": Method((3.0, 10.0), EditConfig()),
-    "pairs": Method((-4.0, -6.0, -10.0), PairConfig(layers=1.0)),
+    "editor": Method((0.5, 1.0), EditConfig()),
     **{
         name: Method((1e-3, 3e-3, 1e-2) if name in ("rmu", "circuit_breakers") else (1e-4, 3e-4, 1e-3))
         for name in BASELINES
@@ -53,8 +55,8 @@ METHODS: dict[str, Method] = {
 def task_of(world: World, gold: Path, attacks: Sequence[str] = tuple(RELEARNINGS)) -> Task:
     """To forget, keep and measure in ``world``, whose model without what is to be forgotten is at ``gold``.
 
-    Every other fact of the same relations, and of the same subjects, is what editors are told must stay; the rest of
-    those, unseen, are measured.
+    Every other fact of the same relations, and of the same subjects, is what cir and the editor are told must stay;
+    the rest of those, unseen, are measured.
     """
     split = world.split
     retain, _ = world.text(TEXT, seed=1001)
@@ -80,12 +82,13 @@ def task_of(world: World, gold: Path, attacks: Sequence[str] = tuple(RELEARNINGS
 def forget(bench: Bench, name: str, method: Method, rate: float, budget: float, seed: int) -> Outcome:
     """The best state inside ``budget`` that the method reaches at ``rate``."""
     if isinstance(method.config, CIRConfig):
+        config = replace(method.config, floor=rate, budget=budget, seed=seed)
+        return bench.forget_with(config, bench.task.contrast)
+    if isinstance(method.config, BreakingConfig):
         config = replace(method.config, rate=rate, budget=budget, seed=seed, max_epochs=bench.task.epochs)
         return bench.forget_with(config)
     if isinstance(method.config, EditConfig):
-        return edit(bench, replace(method.config, rate=rate), budget, seed)
-    if isinstance(method.config, PairConfig):
-        return inside(bench, outcome(bench, bench.task.facts, replace(method.config, floor=rate)), budget)
+        return edit(bench, replace(method.config, dose=rate), budget, seed)
     return bench.forget_with_baseline(name, rate, [budget], seed)[budget]
 
 
@@ -94,7 +97,7 @@ def edit(bench: Bench, config: EditConfig, budget: float, seed: int) -> Outcome:
     started, task = time.perf_counter(), bench.task
     steps: list[tuple[float, float]] = []
     with bench.restored():
-        fit = CIRConfig(rank_background=4 / 9, rank_activation=1 / 3, rank_gradient=1 / 3, seed=seed)
+        fit = CIRConfig(layers=LAYERS, seed=seed)
         subspaces = Subspaces.fit(
             bench.model, bench.tokenizer, task.retain, task.contrast, config=fit, progress=False
         )
@@ -113,16 +116,6 @@ def edit(bench: Bench, config: EditConfig, budget: float, seed: int) -> Outcome:
                 now = after
         state = copies(bench.model.parameters())
     return Outcome(now, steps, time.perf_counter() - started, state)
-
-
-def inside(bench: Bench, reached: Outcome, budget: float) -> Outcome:
-    """``reached``, or on the line back to the model as it came what is inside ``budget``."""
-    if reached.measure.rise_bound <= budget:
-        return reached
-    with bench.restored():
-        put(bench.model.parameters(), reached.weights)
-        measure = bench.back_to_budget(bench.weights, bench.before, reached.measure, budget)
-        return Outcome(measure, [], reached.seconds, copies(bench.model.parameters()))
 
 
 def best(bench: Bench, name: str, method: Method, budget: float, seed: int) -> tuple[float, Outcome]:
@@ -166,8 +159,9 @@ def compare(
     found = []
     for name, method in {"untouched": None, **methods}.items():
         for budget in budgets if method else [0.0]:
-            own = changes if method is not None and method.config is not None else {}
-            key = {"kind": "run", "method": name, "budget": budget, "seed": seed, "changes": dict(own)}
+            config = None if method is None else method.config
+            key = {"kind": "run", "method": name, "budget": budget, "seed": seed}
+            key |= {"changes": dict(changes) if config else {}, "config": plain(config) if config else None}
             if rows.get(**key) is None:
                 rate, outcome = best(bench, name, method, budget, seed) if method else (0.0, unchanged(bench))
                 rows.add({"rate": rate, **bench.examine(outcome)}, **key)

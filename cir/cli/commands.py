@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unlearn(arguments: argparse.Namespace) -> int:
-    from cir import CIRConfig, unlearn
+    from cir import CIRConfig, Subspaces, load_facts, unlearn
+    from cir.config import BreakingConfig
     from cir.model.checkpoints import check_output, load_model, write_folder
     from cir.proof.certificate import Witness
 
@@ -42,24 +43,26 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     out = check_output(arguments.out, arguments.overwrite)
     inputs = Inputs.read(vars(arguments))
     base = CIRConfig.preset(arguments.preset)
-    names = ("budget", "full_check", "seed", "rate", "max_epochs", "target_recall", "rounding", "disruption_tokens")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    config = CIRConfig(**{**asdict(base), **given})
+    config = replace(base, **_given(arguments, base))
+    contrast = None if arguments.contrast is None else load_facts(arguments.contrast)
+    subspaces = None if arguments.subspaces is None else Subspaces.load(arguments.subspaces)
     evidence = _evidence(inputs, relearning=not arguments.no_relearning) if arguments.certify else None
     model, tokenizer = load_model(
         arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
-        offload_for=None if arguments.offload == "never" else config,
+        offload_for=config if isinstance(config, BreakingConfig) and arguments.offload != "never" else None,
     )
     witness = None if evidence is None else Witness(model, tokenizer, evidence, progress=not arguments.quiet)
     report = unlearn(
         model,
         tokenizer,
         inputs.facts,
+        contrast=contrast,
         retain=inputs.retain,
         disruption=inputs.disruption,
         config=config,
+        subspaces=subspaces,
         offload=arguments.offload,
         progress=not arguments.quiet,
     )
@@ -78,10 +81,22 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     if before.mean_recall is not None and after.mean_recall is not None:
         print(f"recall     {before.mean_recall:.3f} -> {after.mean_recall:.3f}")
     print(f"text loss  {before.loss:.4f} -> {after.loss:.4f} ({after.rise:+.2%}, budget {config.budget:+.2%})")
-    epochs = report.epochs[-1].number if report.epochs else 0
-    print(f"stopped    {report.stopped}, after {epochs} epochs, {report.seconds['total']:.0f} s")
+    print(f"stopped    {report.stopped}, after {report.seconds['total']:.0f} s")
     print(f"written    {out}")
     return INTERRUPTED if report.stopped == "interrupted" else 0
+
+
+def _given(arguments: argparse.Namespace, base: Any) -> dict[str, Any]:
+    """The settings among ``arguments``, of which the preset ``base`` must have each."""
+    names = (
+        *("budget", "worst_window", "disruption_tokens", "full_check", "target_recall", "rounding", "seed"),
+        *("floor", "max_steps", "rate", "max_epochs"),
+    )
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    known = {field.name for field in fields(base)}
+    if others := [f"--{name.replace('_', '-')}" for name in given if name not in known]:
+        raise ValueError(f"{', '.join(others)}: not of the preset {arguments.preset}")
+    return given
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -209,14 +224,12 @@ def _fit(arguments: argparse.Namespace) -> int:
     if out.exists() and not arguments.overwrite:
         raise FileExistsError(f"expected a new file, got {out}, which exists; --overwrite replaces it")
     contrast, texts = load_facts(arguments.contrast), _read(arguments.text)
-    known = None if arguments.known is None else Subspaces.load(arguments.known)
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     subspaces = Subspaces.fit(
         model,
         tokenizer,
         builtin_text() if texts is None else texts,
         contrast,
-        known=known,
         progress=not arguments.quiet,
     )
     subspaces.save(out)

@@ -12,7 +12,7 @@ from cir.data.shipped import DATA
 from cir.measures import mean_recall, recall
 from cir.model.checkpoints import HUB_DEMO_MODEL, demo_model, load_model
 
-CONFIG = CIRConfig(budget=0.01, max_epochs=8)
+CONFIG = CIRConfig(disruption_tokens=8192)
 
 
 def run(out: Path, model_id: str | None = None, progress: bool = True) -> int:

@@ -12,6 +12,7 @@ MODEL_HELP = "a hub id, a local folder, or a GGUF file"
 FACTS_HELP = (
     'JSON lines: {"id", "sentences": [...], "probes": [{"prompt", "target"}]}; or a text file, a sentence a line'
 )
+CONTRAST_HELP = "facts that must stay: of the same relations with other subjects, and about the same subjects"
 PRESETS = ("default", "paper", "repselect")
 
 
@@ -115,22 +116,27 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--full-check", action="store_true", help="at the end, measure all of that text")
     command.add_argument("--target-recall", type=float, help="stop as soon as mean recall is this low")
+    command.add_argument("--contrast", metavar="FACTS", help=CONTRAST_HELP)
+    command.add_argument("--subspaces", metavar="FILE", help="of `cir fit`, in place of --contrast")
+    command.add_argument("--floor", type=float, help="log-odds at which an answer is gone (default: -6)")
+    command.add_argument("--max-steps", type=int, help="steps at most (default: 40)")
     command.add_argument(
-        "--rate", type=float, help="size of a forget step; larger models want smaller ones (default: 3)"
+        "--worst-window", type=float, help="highest rise of the loss of one window, in nats a token (default: 0.05)"
     )
-    command.add_argument("--max-epochs", type=int, help="passes over the facts at most (default: 10)")
+    command.add_argument("--rate", type=float, help="of the other presets: size of a forget step")
+    command.add_argument("--max-epochs", type=int, help="of the other presets: passes over the facts at most")
     command.add_argument(
         "--preset",
         choices=PRESETS,
         default="default",
-        help="paper: the authors' for Llama-3.1-8B; repselect: soft collapse of the weight gradients' components",
+        help="paper: the authors' way, for Llama-3.1-8B; repselect: their later one",
     )
     command.add_argument(
         "--rounding",
         type=_rounding,
         metavar="HOW",
-        help="of updated 16-bit weights: nearest, stochastic or compensated (default: the preset's, nearest of paper "
-        "and stochastic of the others)",
+        help="of updated 16-bit weights: nearest, stochastic or compensated (default: nearest of paper, else "
+        "stochastic)",
     )
     command.add_argument("--seed", type=int, help="of every random choice (default: 0)")
     command.add_argument(
@@ -145,7 +151,8 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "--offload",
         choices=("auto", "always", "never"),
         default="auto",
-        help="have the weights above the loss layers wait on the host (default: where the GPU's memory is short)",
+        help="of the other presets: have the weights above the loss layers wait on the host (default: where the "
+        "GPU's memory is short)",
     )
 
 
@@ -229,7 +236,7 @@ def _add_fit(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "fit",
         parents=parents,
-        help="fit the subspaces that an Editor needs, once for a model",
+        help="fit subspaces, once for a model and all that it is to forget",
         description="What ordinary text and contrast facts have in common, kept in a safetensors file.",
     )
     command.add_argument("--model", required=True, help=MODEL_HELP)
@@ -237,10 +244,9 @@ def _add_fit(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "--contrast",
         metavar="FACTS",
         required=True,
-        help="facts like those to be edited that must stay: " + FACTS_HELP,
+        help=f"{CONTRAST_HELP}: {FACTS_HELP}",
     )
     command.add_argument("--text", help="file of ordinary text (default: the built-in text)")
-    command.add_argument("--known", metavar="SUBSPACES", help="a file of this command to be added to")
     command.add_argument("--out", required=True, help="the safetensors file; written whole or not at all")
     command.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
 

@@ -175,8 +175,8 @@ def check_contrast(facts: Sequence[Fact], contrast: Sequence[Fact]) -> None:
     if both:
         contrasted, forgotten, what = both[0]
         raise ValueError(
-            f"contrast: expected facts that must stay, got {contrasted!r} with the {what[0]} of {forgotten!r}, which is "
-            f"to be forgotten: {' -> '.join(what[1:])!r} ({len({b[0] for b in both})} such facts)"
+            f"contrast: expected facts that must stay, got {contrasted!r} with the {what[0]} of {forgotten!r}, which "
+            f"is to be forgotten: {' -> '.join(what[1:])!r} ({len({b[0] for b in both})} such facts)"
         )
 
 

@@ -124,8 +124,8 @@ class Statement:
     """A sentence of a fact up to the end of its answer.
 
     Attributes:
-        ids: of its tokens. told: places among them, 1 and above, of the tokens that tell the fact: those of the answer,
-            the target of a probe, or all but the first where there is no answer in it.
+        ids: of its tokens. told: places among them, 1 and above, of the tokens that may tell the fact: those of the
+            answer, which is the target of a probe, or all but the first where there is no answer in it.
     """
 
     ids: list[int]

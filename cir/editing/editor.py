@@ -35,7 +35,7 @@ NEIGHBOURS_EVERY = 4
 SMALLEST_DOSE = 1 / 8
 """Share of the first dose below which neighbours that still suffer end the edit."""
 LOWEST = -20.0
-"""Log-probability at which nothing is left of an answer: recall ends an edit before that."""
+"""Log-odds at which nothing is left of an answer: recall ends an edit before that."""
 Update = tuple[Tokens, float]
 """The collapsed rows of a step, and its scale."""
 
@@ -83,7 +83,7 @@ class Editor:
         journal: str | Path | None = None,
         config: EditConfig | None = None,
     ) -> None:
-        self._model, self._tokenizer, self._subspaces = model, tokenizer, subspaces
+        self._model, self._tokenizer, self._subspaces = model, tokenizer, subspaces.to(model.device)
         self.config = config or EditConfig()
         stack = find_stack(model)
         self._stack, self._first = stack, subspaces.fitted_on.get("layers", [0])[0]

@@ -27,7 +27,9 @@ class Meter:
     (N, L), half of them where the text is nearest the facts.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, facts: list[Fact], rows: torch.Tensor, tokens: int | None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, facts: Sequence[Fact], rows: torch.Tensor, tokens: int | None
+    ) -> None:
         self._model, self._tokenizer, self._facts = model, tokenizer, facts
         near = tokenizer([sentence for fact in facts for sentence in fact.sentences])["input_ids"]
         self._sample = sample(rows, tokens, near)
@@ -119,7 +121,7 @@ def reached(measure: Measure, target: float | None) -> bool:
 
 
 def is_inside(now: Measure, budget: float, worst: float | None = None) -> bool:
-    """Whether harm is within the ``budget`` of the mean and, where there is one, the bound of the ``worst`` window."""
+    """Whether harm is within the ``budget`` of the mean and, where there is one, the bound ``worst`` of a window."""
     return now.rise_bound <= budget and (worst is None or now.worst <= worst)
 
 

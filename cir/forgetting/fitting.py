@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,10 +27,12 @@ from cir.model.capture import AnswerCapture, Tokens, answering
 from cir.model.sites import Target, find_stack, sites_of
 
 FORMAT = "cir-subspaces-2"
+GRADIENTS_EVERY = 4
+"""Chunks of text of which one is read for its gradients too, which cost several times as much."""
 
 
 class Subspaces(SiteSubspaces):
-    """Fitted once for a model, and kept for all that it is to forget: what :meth:`save` writes and :meth:`load` reads."""
+    """Fitted once for a model, and kept for all that it is to forget; :meth:`save` writes and :meth:`load` reads."""
 
     @property
     def contrast(self) -> list[Fact]:
@@ -154,7 +157,8 @@ def fitted(
 
     def observe(tokens: Tokens, activation: float, gradient: float) -> None:
         """Each with a weight, which counts as so many tokens do."""
-        for name, x in tokens.items():
+        for name in (site.name for site in sites if site.name in tokens):
+            x = tokens[name]
             weight = activation if name in activations else gradient
             if weight:
                 x = x.float()
@@ -163,10 +167,11 @@ def fitted(
 
     chunks = [] if rows is None else list(rows.split(max(1, at_once // rows.shape[1])))
     with tqdm(total=len(chunks) + len(asked), disable=not progress, unit="batch", desc="fitting") as bar:
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
             batch = Batch(chunk, torch.ones_like(chunk, dtype=torch.bool)).to(device)
-            weight = (config.text_weight * of_facts / of_text) if of_facts else 1.0
-            observe(_text_tokens(tape, batch, gradients=weight > 0), 1.0, weight)
+            weight = GRADIENTS_EVERY * config.text_weight * of_facts / of_text if of_facts else 1.0
+            with_gradients = weight > 0 and number % GRADIENTS_EVERY == 0
+            observe(_text_tokens(tape, batch, with_gradients), 1.0, weight)
             bar.update()
         for part in asked:
             read = part.read(tape)
@@ -182,9 +187,9 @@ def _text_tokens(tape: AnswerCapture, batch: Batch, gradients: bool) -> Tokens:
     if not gradients:
         with torch.no_grad():
             return tape.predict(below, at)[1].tokens
-    logprobs, hidden = tape.predict(below, at)
-    following = batch.input_ids[batch.attention_mask].roll(-1)[at].to(logprobs.device)
-    return tape.backward(logprobs.gather(1, following[:, None]).sum(), hidden)
+    logits, hidden = tape.predict(below, at)
+    following = batch.input_ids[batch.attention_mask].roll(-1)[at].to(logits.device)
+    return tape.backward(-F.cross_entropy(logits, following, reduction="sum"), hidden)
 
 
 def check_fitted_on(subspaces: Subspaces, own: str) -> None:

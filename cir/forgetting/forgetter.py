@@ -17,27 +17,25 @@ from cir.forgetting.memory import TOKENS_AT_ONCE
 from cir.forgetting.plan import EpochLosses
 from cir.forgetting.questions import Questions, Rows, joined, questions
 from cir.forgetting.subspace import SiteSubspaces
-from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, snapshot
+from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, sign_step, snapshot
 from cir.model.capture import AnswerCapture, Tokens
 from cir.model.sites import Target
 
 PARTS = 4
 """Of the facts of a step: half of them are relearned, and the others are asked whether they come back."""
-RELEARNING_DOSE = 1.5
-"""Nats by which a step of relearning raises the log-probability of the facts relearned, in the mean and to first
-order.
-"""
+RELEARNING_RATE = 1e-3
+"""Length of a step of relearning, at each weight, over the root mean square of the weights of its linear."""
 
 
 @dataclass(frozen=True)
 class Step:
     """What a step adds to the weights: G^T A of these ``tokens`` at every target.
 
-    ``logprobs``: mean log-probability of the answers before it. ``live``: how many were not gone.
+    ``odds``: mean log-odds of the answers before it. ``live``: how many were not gone.
     """
 
     tokens: Tokens
-    logprobs: float = 0.0
+    odds: float = 0.0
     live: int = 0
 
 
@@ -65,16 +63,18 @@ class Forgetter:
         self._tape, self._targets, self._common, self._config = tape, targets, common, config
         self._random = random.Random(config.seed)
         device = targets[0].linear.weight.device
-        self._weight = sum(float(t.linear.weight.norm(dtype=torch.float32)) ** 2 for t in targets) ** 0.5
+        self._weight = sum(float(t.linear.weight.detach().double().norm()) ** 2 for t in targets) ** 0.5
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
         self._spare: list[Tensor] | None = None
+        self._steps_left = config.max_steps
+        self._left: dict[int, set[int]] = {}
         order = list(range(len(facts)))
         self._random.shuffle(order)
 
         def asked(numbers: Sequence[int]) -> list[Questions]:
             chosen = [facts[i] for i in numbers]
-            settings = {"max_length": config.max_length, "at_once": at_once, "numbers": numbers}
-            return questions(tape, tokenizer, chosen, device, **settings)
+            limits = {"max_length": config.max_length, "at_once": at_once}
+            return questions(tape, tokenizer, chosen, device, numbers=numbers, **limits)
 
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
         with phase("read facts"):
@@ -89,28 +89,29 @@ class Forgetter:
         on_step: Callable[[], object] = lambda: None,
         stop: threading.Event | None = None,
     ) -> EpochLosses:
-        """``check_every`` steps of each batch, fewer once all facts are gone.
+        """``check_every`` steps of each batch, fewer once all facts are gone or ``max_steps`` are taken.
 
         Set ``stop`` to end after the step under way.
 
         Raises:
             NonFiniteError: before the step that met a NaN or infinity changes any weight.
         """
-        logprobs, gone = [], False
-        for _ in range(self._config.check_every):
-            gone = True
+        odds: list[float] = []
+        gone = False
+        for _ in range(min(self._config.check_every, self._steps_left)):
+            gone, self._steps_left = True, self._steps_left - 1
             for number in range(len(self._batches)):
                 if stop is not None and stop.is_set():
-                    return EpochLosses(_mean(logprobs))
+                    return EpochLosses(_mean(odds))
                 step = self.step(number)
-                logprobs.append(step.logprobs)
+                odds.append(step.odds)
                 gone &= not step.live
                 if step.live:
                     self.apply(step)
                 on_step()
             if gone:
                 break
-        return EpochLosses(_mean(logprobs), gone=gone)
+        return EpochLosses(_mean(odds), gone=gone, left=tuple(sorted(set().union(*self._left.values()))))
 
     def step(self, number: int = 0) -> Step:
         """What takes the facts of batch ``number`` nearer to being gone, each by its dose; no weight changes.
@@ -121,15 +122,16 @@ class Forgetter:
         config, parts = self._config, self._batches[number]
         read = [self._read(part) for part in parts]
         rows = joined(read)
-        mean = float(rows.logprobs.mean())
-        if not torch.isfinite(rows.logprobs).all():
-            raise NonFiniteError(f"expected finite log-probabilities, got a mean of {mean}; no weight was changed")
-        live = rows.logprobs > config.floor
+        mean = float(rows.odds.mean())
+        if not torch.isfinite(rows.odds).all():
+            raise NonFiniteError(f"expected finite log-odds, got a mean of {mean}; no weight was changed")
+        live = rows.odds > config.floor
         # While most are not gone, there is no need to ask which would come back.
         if config.relearning_steps and len(parts) > 1 and float(live.float().mean()) < 0.5:
             back = self._returning(parts)
             rows, live = _replaced(read, back, config.floor, config.relearning_floor)
         count = int(live.sum())
+        self._left[number] = set(rows.owners[live].tolist())
         if not count:
             return Step({}, mean, 0)
         return Step(self._dosed(rows[live]), mean, count)
@@ -150,24 +152,21 @@ class Forgetter:
         self._random.shuffle(order)
         half = len(parts) // 2
         found: dict[int, Rows] = {}
-        self._spare = snapshot(self._targets, into=self._spare)
+        self._spare = snapshot(self._tape.mlps, into=self._spare)
         for asked, relearned in ((order[:half], order[half:]), (order[half:], order[:half])):
             try:
                 for _ in range(self._config.relearning_steps):
                     self._relearn(joined([self._read(parts[i]) for i in relearned]))
                 found |= {i: self._read(parts[i]) for i in asked}
             finally:
-                restore(self._targets, self._spare)
+                restore(self._tape.mlps, self._spare)
         return [found[i] for i in range(len(parts))]
 
     def _relearn(self, rows: Rows) -> None:
-        """Raise the log-probability of all of ``rows`` together, as an attacker does: nothing is collapsed."""
+        """Raise the log-odds of ``rows`` together as an attacker does: all over the MLPs, and nothing is collapsed."""
+        self._updates += 1
         with phase("relearn"):
-            gram = _gram(self._targets, rows.tokens, rows.tokens)
-            scale = RELEARNING_DOSE * len(gram) / gram.sum()
-            tokens = self._scaled(rows.tokens, scale.expand(len(gram)))
-            self._updates += 1
-            add_outer(self._targets, tokens, 1.0, self._config.rounding, self._updates)
+            sign_step(self._tape.mlps, rows.tokens, RELEARNING_RATE, self._updates)
 
     def _dosed(self, rows: Rows) -> Tokens:
         """The rows collapsed, those of each fact scaled to its dose."""
@@ -196,9 +195,9 @@ class Forgetter:
 def doses(owners: Tensor, effects: Tensor, lengths: Tensor, dose: float, longest: float) -> Tensor:
     """The scale (T,) of each fact's rows, the same for all of a fact.
 
-    With dW = c sum_t G'_t^T A'_t over the rows t of a fact, its row t changes by c sum_u effects[t, u], to first order.
-    c is such that the mean over t is -``dose``, or ||dW|| is ``longest`` where that is less; 0 where the collapse has
-    left nothing of a fact.
+    With dW = c sum_t G'_t^T A'_t over the rows t of a fact, its row t changes by c sum_u effects[t, u], to first
+    order. c is such that the mean over t is -``dose``, or ||dW|| is ``longest`` where that is less; 0 where the
+    collapse has left nothing of a fact.
 
     Args:
         owners: (T,) number of the fact of each row. effects, lengths: (T, T) sums over all linears of
@@ -233,12 +232,12 @@ def _gram(targets: Sequence[Target], left: Tokens, right: Tokens) -> Tensor:
 def _replaced(read: Sequence[Rows], back: Sequence[Rows], floor: float, returned: float) -> tuple[Rows, Tensor]:
     """Of each row the one that came back, where it did, and whether it is not gone."""
     now, then = joined(read), joined(back)
-    returns = then.logprobs > returned
+    returns = then.odds > returned
     tokens = {
         name: torch.where(returns[:, None].to(rows.device), then.tokens[name], rows)
         for name, rows in now.tokens.items()
     }
-    return Rows(now.owners, now.logprobs, tokens), returns | (now.logprobs > floor)
+    return Rows(now.owners, now.odds, tokens), returns | (now.odds > floor)
 
 
 def _mean(values: Sequence[float]) -> float:

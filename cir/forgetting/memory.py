@@ -58,8 +58,8 @@ class Need:
 
 
 def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], config: CIRConfig) -> Need:
-    """What :func:`cir.unlearn` takes, by counting: the bases, the moments of one kind of site and, without a GPU, copies
-    of the updated weights; the rows of a step's tokens, twice, at about four sentences a fact.
+    """What :func:`cir.unlearn` takes, by counting: bases, the moments that they are solved from and, without a GPU,
+    copies of the updated weights; the rows of a step's tokens, twice, at about four sentences a fact.
     """
     sites = sites_of(targets)
     ranks = {site: rank_at(site, config.rank) for site in sites}

@@ -17,14 +17,16 @@ class EpochLosses:
     """Means over the steps of an epoch.
 
     Attributes:
-        forget: of the loss that forgets: the mean log-probability of the answers in nats, or the paper's breaking loss.
+        forget: of what is lowered: the log-odds of the answers in nats, or the paper's breaking loss.
         retain: of the retain steps' loss; None where none was taken.
         gone: whether nothing is left to forget.
+        left: numbers of the facts of which something was left before the last step of each.
     """
 
     forget: float
     retain: float | None = None
     gone: bool = False
+    left: tuple[int, ...] = ()
 
 
 Epoch = Callable[[int], EpochLosses]

@@ -13,8 +13,9 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
-from cir.config import CIRConfig
-from cir.data.facts import load_facts
+from cir.config import BreakingConfig, CIRConfig
+from cir.data.facts import Fact, load_facts
+from cir.data.tokens import statements
 from cir.forgetting.batches import fact_batches
 from cir.forgetting.report import peak_memory
 from cir.forgetting.unlearn import unlearn
@@ -94,7 +95,7 @@ def profile(
     *,
     retain: str | None = None,
     disruption: str | None = None,
-    config: CIRConfig | None = None,
+    config: CIRConfig | BreakingConfig | None = None,
     epochs: int = 1,
     trace: str | Path | None = None,
 ) -> Profile:
@@ -109,21 +110,23 @@ def profile(
     Raises:
         ValueError, NonFiniteError: as :func:`cir.unlearn`.
     """
-    config = replace(config or CIRConfig(), budget=1e9, max_epochs=epochs, target_recall=None)
-    facts = load_facts(facts)
+    config, facts = config or CIRConfig(), load_facts(facts)
     stack = find_stack(model)
-    targets = stack.targets(len(stack.mlps) - 1)
+    if isinstance(config, BreakingConfig):
+        targets = stack.targets(config.last_updated(len(stack.mlps)))
+    else:
+        targets = stack.writers(config.first_layer(len(stack.mlps)))
     before = snapshot(targets)
     texts: dict[str, Any] = {"retain": retain, "disruption": disruption, "progress": False}
     activities = [ProfilerActivity.CPU]
     try:
         if model.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            unlearn(model, tokenizer, facts, config=replace(config, max_epochs=1), **texts)
+            unlearn(model, tokenizer, facts, config=_bounded(config, 1), **texts)
             restore(targets, before)
             torch.cuda.reset_peak_memory_stats(model.device)
         with torch_profile(activities=activities, with_flops=True) as profiler:
-            report = unlearn(model, tokenizer, facts, config=config, **texts)
+            report = unlearn(model, tokenizer, facts, config=_bounded(config, epochs), **texts)
     finally:
         restore(targets, before)
     if trace is not None:
@@ -166,15 +169,32 @@ def _phases(events: Sequence[Any]) -> tuple[Phase, ...]:
     return tuple(Phase(name.removeprefix(PHASE), spent, flop.get(name, 0)) for name, spent in seconds.items())
 
 
-def _floor(model: Any, tokenizer: Any, facts: Sequence[Any], config: CIRConfig) -> tuple[int, int]:
-    """FLOPs and bytes of an epoch's forget steps."""
+def _bounded(config: CIRConfig | BreakingConfig, epochs: int) -> CIRConfig | BreakingConfig:
+    """The same for so many epochs, whatever the harm; the floor is not reached either."""
+    if isinstance(config, BreakingConfig):
+        return replace(config, budget=1e9, max_epochs=epochs, target_recall=None)
+    steps = epochs * config.check_every
+    return replace(config, budget=1e9, worst_window=1e9, max_steps=steps, floor=-1e9, target_recall=None)
+
+
+def _floor(model: Any, tokenizer: Any, facts: Sequence[Fact], config: CIRConfig | BreakingConfig) -> tuple[int, int]:
+    """FLOPs and bytes of an epoch's forget steps; those that ask what would be relearned are left out."""
     stack = find_stack(model)
-    layers = stack.layers[: config.layers(len(stack.mlps))[-1] + 1]
+    if isinstance(config, BreakingConfig):
+        layers = stack.layers[: config.layers(len(stack.mlps))[-1] + 1]
+        targets = stack.targets(config.last_updated(len(stack.mlps)))
+        batches = fact_batches(tokenizer, facts, config, torch.device("cpu"))
+        steps, count = 1, len(batches)
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        counted = sum(int(batch.predicting(config.skip_first).sum()) for batch in batches)
+    else:
+        first = config.first_layer(len(stack.mlps))
+        layers, targets = stack.layers[first:], stack.writers(first)
+        told = [s for fact in facts for s in statements(tokenizer, fact, config.max_length)]
+        steps, count = config.check_every, -(-len(facts) // config.batch_size)
+        tokens, counted = sum(s.told[-1] for s in told), len(told)
     run = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
-    updated = [t.linear.weight for t in stack.targets(config.last_updated(len(stack.mlps)))]
-    batches = fact_batches(tokenizer, facts, config, torch.device("cpu"))
-    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    counted = sum(int(batch.predicting(config.skip_first).sum()) for batch in batches)
+    updated = [target.linear.weight for target in targets]
     size, size_updated = sum(p.numel() for p in run), sum(p.numel() for p in updated)
-    moved = 2 * len(batches) * (size + size_updated) * run[0].element_size()
-    return 2 * (2 * tokens * size + counted * size_updated), moved
+    moved = 2 * count * (size + size_updated) * run[0].element_size()
+    return steps * 2 * (2 * tokens * size + counted * size_updated), steps * moved

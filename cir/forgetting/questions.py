@@ -13,10 +13,10 @@ from cir.data.facts import Fact
 from cir.data.tokens import Statement, pad, statements
 from cir.model.capture import AnswerCapture, Below, Hidden, Tokens
 
-CONTEXT = 3
+CONTEXT = 2
 """Tokens before another that make it likely whatever the fact: grammar, and the rest of a name."""
 GAIN = 1.0
-"""Nats by which all that was said before must make a token likelier than these alone do, for it to tell the fact."""
+"""Nats by which all that was said before must raise a token's log-odds above these alone, for it to tell the fact."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,21 @@ class Questions:
 
     def read(self, tape: AnswerCapture) -> Rows:
         """Ask the model as it is."""
-        logprobs, hidden = self._asked(tape)
-        tokens = tape.backward(logprobs.sum(), hidden)
-        return Rows(self.owners, logprobs.detach().to(self.owners.device), tokens)
+        odds, hidden = self._asked(tape)
+        tokens = tape.backward(odds.sum(), hidden)
+        return Rows(self.owners, odds.detach().to(self.owners.device), tokens)
 
     @torch.no_grad()
-    def logprobs(self, tape: AnswerCapture) -> Tensor:
-        """(T,) what the model as it is gives the answers, in nats."""
+    def odds(self, tape: AnswerCapture) -> Tensor:
+        """(T,) log-odds of the answers, in nats."""
         return self._asked(tape)[0].to(self.owners.device)
 
     def _asked(self, tape: AnswerCapture) -> tuple[Tensor, Hidden]:
-        logprobs, hidden = tape.predict(self.below, self.at)
-        return logprobs.gather(1, self.answers.to(logprobs.device)[:, None]).squeeze(1), hidden
+        logits, hidden = tape.predict(self.below, self.at)
+        answers = self.answers.to(logits.device)[:, None]
+        # Unlike the log-probability, of which little is left to learn where it is near 0.
+        odds = logits.gather(1, answers).squeeze(1) - logits.scatter(1, answers, -torch.inf).logsumexp(1)
+        return odds, hidden
 
 
 @dataclass(frozen=True)
@@ -54,25 +57,25 @@ class Rows:
     """The tokens that tell facts, T of them.
 
     Attributes:
-        owners: (T,) number of the fact of each. logprobs: (T,) what the model gives it, in nats.
-        tokens: at every site, rows (T, width): inputs where each is predicted, and gradients of its log-probability.
+        owners: (T,) number of the fact of each. odds: (T,) log p / (1 - p) of its probability, in nats.
+        tokens: at every site, rows (T, width): inputs where each is predicted, and gradients of its log-odds.
     """
 
     owners: Tensor
-    logprobs: Tensor
+    odds: Tensor
     tokens: Tokens
 
     def __getitem__(self, kept: Tensor) -> Rows:
         """Those of the places, or of the mask, ``kept``."""
         tokens = {name: rows[kept.to(rows.device)] for name, rows in self.tokens.items()}
-        return Rows(self.owners[kept], self.logprobs[kept], tokens)
+        return Rows(self.owners[kept], self.odds[kept], tokens)
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
     """All of ``parts`` in one."""
-    owners, logprobs = (torch.cat([getattr(part, name) for part in parts]) for name in ("owners", "logprobs"))
+    owners, odds = (torch.cat([getattr(part, name) for part in parts]) for name in ("owners", "odds"))
     tokens = {name: torch.cat([part.tokens[name] for part in parts]) for name in parts[0].tokens}
-    return Rows(owners, logprobs, tokens)
+    return Rows(owners, odds, tokens)
 
 
 def questions(
@@ -121,7 +124,7 @@ def _asked(
     short = [opening + part[row][1].ids[max(place - CONTEXT, len(opening)) : place] for row, place in pairs]
     alone = pad(short).to(device)
     ends = alone.attention_mask.sum(1).cumsum(0) - 1
-    gain = found.logprobs(tape) - Questions(tape.below(alone), ends, answers, owners).logprobs(tape)
+    gain = found.odds(tape) - Questions(tape.below(alone), ends, answers, owners).odds(tape)
     most = gain.new_full((len(part),), -torch.inf).scatter_reduce(0, rows, gain, "amax")
     kept = (gain >= GAIN) | (gain == most[rows])
     return Questions(found.below, found.at[kept], answers[kept], owners[kept])

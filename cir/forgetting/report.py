@@ -51,8 +51,8 @@ class Measure:
 class Epoch:
     """One update epoch, or the share of one that the budget allowed, with that share of its ``rate``.
 
-    ``rate`` is the dose in nats or, in the paper's way, a norm; ``forget_loss`` and ``retain_loss`` are means over its
-    steps: of the log-probability of the answers or the paper's breaking loss, and of the paper's retain loss.
+    ``rate`` is the dose in nats or, in the paper's way, a norm; ``forget_loss`` and ``retain_loss`` are means over
+    its steps: of the log-odds of the answers or the paper's breaking loss, and of the paper's retain loss.
     ``kept``: inside the budget and the best so far; others were undone or surpassed.
     """
 
@@ -68,6 +68,8 @@ class Epoch:
 class Report:
     """The outcome of :func:`cir.unlearn`. ``stopped`` says why it ended; ``after`` is the model returned.
 
+    ``unforgotten`` names facts some answer of which was not down to the floor, or would have come back, at the last
+    step that was taken: where the collapse leaves little of a fact, it is not to be forgotten within the bounds.
     ``unknown`` names facts that the model did not know to begin with, see :func:`cir.measures.unknown_facts`.
     ``seconds`` is by phase; ``peak_memory`` is bytes, of the GPU where there is one, else of the process;
     ``predicted_memory`` is what was thought beforehand to be needed beyond the weights.
@@ -80,6 +82,7 @@ class Report:
     epochs: list[Epoch] = field(default_factory=list)
     stopped: str = ""
     unknown: list[str] = field(default_factory=list)
+    unforgotten: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     predicted_memory: int = 0

@@ -148,6 +148,14 @@ class SiteSubspaces(Mapping[str, Subspace]):
     def __len__(self) -> int:
         return len(self._subspaces)
 
+    def to(self, device: torch.device) -> SiteSubspaces:
+        """The same with all bases on ``device``."""
+        moved = {
+            name: Subspace(s.basis.to(device), None if s.mixer is None else s.mixer.to(device), s.variance.to(device))
+            for name, s in self.items()
+        }
+        return SiteSubspaces(moved, self.mode, self.fitted_on)
+
     def collapse_(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         """Collapse rows (T, width), in place, at the sites that have a subspace; returns ``tokens``."""
         for name in self.keys() & tokens.keys():

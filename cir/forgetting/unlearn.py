@@ -62,8 +62,8 @@ def unlearn(
         disruption: text on which the budget is measured; if None, a held-out third of the retain text.
         config: see :class:`CIRConfig`; with one of :meth:`CIRConfig.paper` the model forgets in the paper's way.
         subspaces: of :meth:`Subspaces.fit` on this model, in place of ``contrast``: nothing is fitted then.
-        offload: in the paper's way, whether the weights above the loss layers wait on the host, to visit the GPU for
-            budget checks: ``always``, ``never`` or, as ``auto``, where its memory would not suffice. Not after the run.
+        offload: in the paper's way, whether the weights above the loss layers wait on the host, to visit the GPU
+            for budget checks: ``always``, ``never`` or, as ``auto``, where its memory would not suffice.
         progress: show a progress bar, and what memory is needed.
 
     Returns:
@@ -89,7 +89,7 @@ def unlearn(
     else:
         if offload == "always":
             raise ValueError(
-                "offload: expected auto or never but in the paper's way, as all layers are run, got always"
+                "offload: expected auto or never, as all layers are run, or the paper's preset, got always"
             )
         kept = [] if contrast is None else load_facts(contrast)
         plan = _plan(model, tokenizer, facts, kept, config, subspaces, **texts)
@@ -127,7 +127,7 @@ def _plan(
     config.check_rounding(targets[0].linear.weight.dtype)
     if len(facts) == 1 and not (contrast if subspaces is None else subspaces.contrast):
         logger.warning(
-            "one fact and no contrast: facts of its kind, and others about its subject, will suffer; give some of both"
+            "one fact and no contrast: others of its kind and about its subject will suffer; give some of both"
         )
     text, measured = split_text(tokenizer, retain, disruption, config)
     rows = chosen(text, config)
@@ -138,8 +138,9 @@ def _plan(
         with answering(model, stack, first) as tape:
 
             def start() -> Epoch:
-                common = subspaces
-                if common is None:
+                if subspaces is not None:
+                    common = subspaces.to(model.device)
+                else:
                     common = fitted(tape, targets, tokenizer, rows, contrast, config, at_once=need.tokens)
                 forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, at_once=need.tokens)
                 return lambda number: forgetter.epoch(on_step, stop)
@@ -172,7 +173,7 @@ def _run(
                 whole = Meter(model, tokenizer, facts, plan.disruption, None)
             unknown = unknown_facts(model, tokenizer, facts)
         if unknown:
-            logger.warning("%d facts are not known to begin with: %s", len(unknown), ", ".join(unknown[:5]))
+            logger.warning("%d facts are not known to begin with: %s", *_counted(unknown))
         report = Report(
             config, hash_facts(facts), meter.before, meter.before, unknown=unknown, versions=library_versions()
         )
@@ -191,6 +192,7 @@ def _run(
                     inside = best.consider(number, losses)
                     if not inside:
                         best.retreat(number, losses)
+                report.unforgotten = [facts[i].id for i in losses.left]
                 bar.set_postfix_str(_summary(report.epochs[-1].measure))
                 if ended := _ended(report, inside, losses.gone):
                     report.stopped = ended
@@ -200,9 +202,16 @@ def _run(
                     best.confirm(whole)
         finally:
             restore(plan.targets, best.weights)
+    if report.unforgotten:
+        logger.warning("%d facts are not all forgotten: %s", *_counted(report.unforgotten))
     report.seconds = {**clock.seconds, "total": time.perf_counter() - started}
     report.peak_memory, report.predicted_memory = peak_memory(model.device), plan.memory
     return report
+
+
+def _counted(ids: Sequence[str]) -> tuple[int, str]:
+    """How many, and the first of them."""
+    return len(ids), ", ".join(ids[:5])
 
 
 def _ended(report: Report, inside: bool, gone: bool) -> str:

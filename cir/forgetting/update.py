@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cir.model.sites import Target
 from cir_kernels import outer_norm_sq, outer_update_
+from cir_kernels.rounding import dither, random_bits
 
 PHASE = "cir::"
 """Before the names of what :func:`phase` marks."""
@@ -90,6 +91,24 @@ def plain_step(
     if not math.isfinite(value + summed):
         raise NonFiniteError(f"expected a finite loss and finite rows, got loss {value}; no weight was changed")
     add_outer(targets, tokens, -rate, rounding, seed, remainders)
+
+
+@torch.no_grad()
+def sign_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float, seed: int) -> None:
+    """W <- W + rate * rms(W) * sign(G^T A): a first step of Adam. The gradient of one linear is formed at a time.
+
+    Args:
+        targets, tokens: as for :func:`selective_step`, the rows as they are. seed: of the rounding of 16-bit weights.
+    """
+    for place, target in enumerate(targets):
+        weight = target.linear.weight
+        exact = weight.double() if weight.dtype == torch.float64 else weight.float()
+        gradient = tokens[target.gradient.name].T @ tokens[target.activation.name]
+        moved = exact + rate * exact.square().mean().sqrt() * gradient.sign()
+        if weight.dtype.itemsize == 2:  # to nearest, most of so small a step would be dropped
+            rows, columns = (torch.arange(n, device=weight.device) for n in weight.shape)
+            moved = dither(moved, random_bits(rows, columns, seed * len(targets) + place), weight.dtype)
+        weight.copy_(moved)
 
 
 def _on_host(loss: Tensor | None, value: Tensor) -> list[float]:

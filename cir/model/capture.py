@@ -158,7 +158,7 @@ class Below:
 
 
 class AnswerCapture(Capture):
-    """Forwards that end in the log-probabilities of answers, and backwards no deeper than the lowest target.
+    """Forwards that end in the logits of the tokens asked for, and backwards no deeper than the lowest target.
 
     Made by :func:`answering`.
     """
@@ -170,6 +170,11 @@ class AnswerCapture(Capture):
         if head is None:
             raise ValueError(f"expected a model with an LM head, got {type(model).__name__} without")
         self._head: nn.Module = head
+
+    @property
+    def mlps(self) -> list[Target]:
+        """The linears of the MLPs of all layers that are not below."""
+        return [target for mlp in self._stack.mlps[self._first :] for target in mlp.targets]
 
     @torch.no_grad()
     def below(self, batch: Batch) -> Below:
@@ -191,8 +196,8 @@ class AnswerCapture(Capture):
         return below
 
     def predict(self, below: Below, at: Tensor) -> tuple[Tensor, Hidden]:
-        """Log-probabilities (T, vocabulary) in float32 or more after the real tokens ``at`` (T,), whose rows the
-        targets' inputs are kept of. The LM head is run on these alone.
+        """Logits (T, vocabulary) in float32 or more of what follows the real tokens ``at`` (T,), whose rows of the
+        targets' inputs are kept. The LM head is run on these alone.
         """
         counted = below.places[at]
         hidden = Hidden(below.places, counted, {}, counted, {})
@@ -208,7 +213,7 @@ class AnswerCapture(Capture):
                     _replace_forward(undo, layer, lambda *args, **given: below.hidden)
             undo.enter_context(self._recording(hidden))
             logits = self._model(**below.inputs, use_cache=False).logits[0]
-        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1), hidden
+        return logits if logits.dtype == torch.float64 else logits.float(), hidden
 
 
 def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -257,13 +262,14 @@ def capture(
 
 @contextmanager
 def answering(model: nn.Module, stack: Stack, first_layer: int) -> Iterator[AnswerCapture]:
-    """Tap the :meth:`Stack.writers` of the layers ``first_layer`` and above; otherwise as :func:`capture`.
+    """Tap the :meth:`Stack.writers` of the layers ``first_layer`` and above, and their MLPs; else as :func:`capture`.
 
     Raises:
         RuntimeError: as :func:`capture`. ValueError: if the model has no LM head.
     """
     tape = AnswerCapture(model, stack, first_layer)
-    with _tapping(model, tape, stack.writers(first_layer)):
+    written = stack.writers(first_layer)
+    with _tapping(model, tape, [*written, *(target for target in tape.mlps if target not in written)]):
         yield tape
 
 

@@ -11,9 +11,11 @@ from bench.quality import measuring, runs
 from bench.quality.measuring import Bench, Outcome, Task, put
 from bench.quality.report import report
 from bench.quality.rows import Rows
-from bench.quality.runs import compare, untouched
+from bench.quality.runs import ABLATIONS, ablate, compare, untouched
+from cir import CIRConfig
 from cir.data.facts import load_facts
-from cir.forgetting.report import Measure
+from cir.forgetting.report import Measure, hash_facts
+from cir.measures import mean_recall
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
 
 TASK = Task(
@@ -28,6 +30,9 @@ TASK = Task(
 )
 
 
+SMALL = CIRConfig(layers=0.5, max_steps=20, check_every=5, worst_window=5.0)
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
@@ -39,20 +44,22 @@ def bench(tmp_path_factory):
 def test_every_method_ends_inside_the_budget_and_no_row_is_measured_twice(bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "MAX_EPOCHS", 2)
     monkeypatch.setitem(BASELINES, "graddiff", type("Quick", (BASELINES["graddiff"],), {"rates": (1e-4, 1e-2)}))
-    small = replace(measuring.CIR, loss_layers=(1, 3), rank_background=4, rank_activation=2, rank_gradient=2)
-    monkeypatch.setitem(runs.METHODS, "cir", small)
+    monkeypatch.setitem(runs.METHODS, "cir", SMALL)
+    monkeypatch.setitem(runs.METHODS, "repselect", replace(CIRConfig.repselect(), rank_activation=4, rank_gradient=4))
     rows = Rows(tmp_path / "quality.jsonl", {"model": "tiny"}, TASK.attacks)
     before = [parameter.detach().clone() for parameter in bench.model.parameters()]
     for _ in range(2):
-        compare(bench, rows, ["cir", "graddiff"], [0.5], [0])
+        compare(bench, rows, ["cir", "repselect", "graddiff"], [0.5], [0])
         untouched(bench, rows)
     assert all(torch.equal(now, was) for now, was in zip(bench.model.parameters(), before, strict=True))
     written = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
     kinds = [(row["kind"], row["method"]) for row in written]
     # With two rates, of which every other is tried: one search.
-    assert kinds == [("run", "cir"), ("search", "graddiff"), ("run", "graddiff"), ("run", "untouched")]
-    assert len(capsys.readouterr().out.splitlines()) == 4
-    for row in written[:1] + written[2:3]:
+    ours = [("run", "cir"), ("run", "repselect")]
+    assert kinds == [*ours, ("search", "graddiff"), ("run", "graddiff"), ("run", "untouched")]
+    assert [row["contrast"] for row in written[:2]] == [hash_facts(TASK.neighbours)[:12], None]
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    for row in written[:2] + written[3:4]:
         assert row["rise"] + row["rise_stderr"] <= 0.5
     assert written[0]["recall"] < 0.5 * written[-1]["recall"]
     assert written[-1]["change"] == 0
@@ -66,6 +73,47 @@ def test_every_method_ends_inside_the_budget_and_no_row_is_measured_twice(bench,
     assert "graddiff" in page
     assert f"{written[0]['recall']:.3f}" in page
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_told_to_stay_stays(bench):
+    config = replace(SMALL, budget=10.0)
+    told, untold = (bench.forget_with(config, contrast) for contrast in (TASK.neighbours, []))
+    kept = []
+    for outcome in (told, untold):
+        assert outcome.measure.mean_recall < 0.2 * bench.before.mean_recall
+        with bench.restored():
+            put(bench.model.parameters(), outcome.weights)
+            kept.append(mean_recall(bench.recall(TASK.neighbours)))
+    assert kept[0] > kept[1] + 0.2
+
+
+class Recorder:
+    """In the place of a bench: what was asked of it, and nothing measured."""
+
+    task = replace(TASK, contrast=TASK.neighbours[:1])
+
+    def __init__(self):
+        self.asked = []
+
+    def forget_with(self, config, contrast):
+        self.asked.append((config, contrast))
+
+    def examine(self, outcome):
+        names = ("rise", "rise_stderr", "kl", "recall", "worst", "quantized_4bit", "neighbours", "change", "seconds")
+        return dict.fromkeys(names, 0.0)
+
+
+def test_each_variant_is_a_run_of_its_own_and_again_where_the_configuration_is_another(tmp_path, monkeypatch):
+    rows, bench = Rows(tmp_path / "quality.jsonl", {}, TASK.attacks), Recorder()
+    for _ in range(2):
+        ablate(bench, rows, 0.01, [0])
+    own = replace(measuring.CIR, budget=0.01, disruption_tokens=TASK.tokens)
+    assert bench.asked[0] == (own, TASK.neighbours[:1])
+    assert bench.asked[list(ABLATIONS).index("without contrast facts")] == (own, [])
+    assert len({(config, bool(contrast)) for config, contrast in bench.asked}) == len(ABLATIONS) == len(bench.asked)
+    monkeypatch.setattr(runs, "CIR", replace(measuring.CIR, max_steps=5))
+    ablate(bench, Rows(tmp_path / "quality.jsonl", {}, TASK.attacks), 0.01, [0])
+    assert len(bench.asked) == 2 * len(ABLATIONS)
 
 
 def test_rows_under_more_attacks_count_under_fewer(tmp_path):

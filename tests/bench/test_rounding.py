@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import cir
 from bench.rounding import Rounded
 from cir.forgetting.update import add_outer, restore, snapshot
 from cir.model.sites import find_stack
-from tests.tiny import tiny_llama
+from tests.tiny import TEXT, facts, knowing_llama, tiny_llama
 
 
 def after_small_updates(rounding):
@@ -34,3 +35,16 @@ def test_compensated_is_the_float32_sum_rounded_once():
     exact, narrow = (after_small_updates(rounding)[1] for rounding in (None, "compensated"))
     for wanted, weight in zip(exact, narrow, strict=True):
         torch.testing.assert_close(weight, wanted, rtol=2**-8, atol=1e-6)
+
+
+def test_the_steps_of_a_run_are_rounded(tokenizer):
+    model, config = knowing_llama(), cir.CIRConfig(layers=0.5, relearning_steps=0, max_steps=4, check_every=2)
+    targets = find_stack(model).writers(2)
+    restore(targets, [weight.bfloat16() for weight in snapshot(targets)])
+    before, rounded = snapshot(targets), Rounded("nearest")
+    with rounded.used():
+        cir.unlearn(model, tokenizer, facts(6), retain=TEXT, config=config, progress=False)
+    assert 0.5 < rounded.kept / rounded.wanted < 1.5
+    for weight, was in zip(snapshot(targets), before, strict=True):
+        assert torch.equal(weight, weight.bfloat16().float())
+        assert not torch.equal(weight, was)

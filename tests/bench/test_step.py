@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from bench import step
+from cir.forgetting.forgetter import Forgetter
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +32,20 @@ def test_each_form_does_the_work_of_w1(form):
     assert not any(target.linear.weight.requires_grad for target in run.targets)
 
 
-@pytest.mark.parametrize("form", ["ours", "saving"])
-def test_one_fact_and_what_a_row_says(form):
-    row = json.loads(json.dumps(step.measured("small", "W2", form, epochs=1)))
+def test_one_fact_takes_all_its_steps_in_the_late_layers():
+    run = step.Run(step.WORKLOADS["small"], epochs=1)
+    before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
+    with patch.object(Forgetter, "apply", autospec=True, side_effect=Forgetter.apply) as applied:
+        run.one_fact()()
+    odds = [call.args[1].odds for call in applied.call_args_list]
+    assert len(odds) == step.ONE_FACT_STEPS
+    assert all(after < before for before, after in itertools.pairwise(odds))
+    changed = {name for name, weight in run.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {f"model.layers.3.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj")}
+
+
+def test_what_a_row_says():
+    row = json.loads(json.dumps(step.measured("small", "W2", "ours", epochs=1)))
     assert row["facts"] == 1
     assert row["seconds"] > 0
     assert row["total_bytes"] >= row["peak_bytes"]

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import pairs
-from bench.pairs import PairConfig, _asked, _read, _taped, forget_pairs
 from bench.quality.measuring import Bench, knowledge
 from bench.world import grammar, runs, training
 from bench.world.grammar import OBJECTS, World
@@ -92,7 +91,7 @@ def test_ours_against_gold(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(training.SIZES, "small", SIZE)
     about = json.loads((gold / "learned.json").read_text())
     assert about["entropy"] < about["loss"] < 1.15 * about["entropy"]
-    method = runs.Method((10.0,), runs.METHODS["cir"].config)
+    method = runs.Method((-6.0,), runs.METHODS["cir"].config)
     given = {"budgets": [0.05], "attacks": ["adam, fast"], "subjects": 8, "models": taught.parent}
     given |= {"path": tmp_path / "world.jsonl", "changes": {}}
     untouched, ours = runs.compare("small", 0, {"cir": method}, **given)
@@ -126,47 +125,17 @@ def test_an_editor_forgets_in_a_world_and_its_weights_come_back(world, models):
     assert all(map(torch.equal, bench.model.parameters(), before))
 
 
-def test_pairs_are_forgotten_in_a_world_and_the_model_comes_back(world, models):
-    bench = Bench(str(models[0]), runs.task_of(world, models[1], ["adam, fast"]))
-    before = [p.detach().clone() for p in bench.model.parameters()]
-    outcome = runs.forget(bench, "pairs", runs.METHODS["pairs"], -4.0, 0.05, 0)
-    assert outcome.measure.rise_bound <= 0.05
-    assert outcome.measure.mean_recall < 0.2 * bench.before.mean_recall
-    assert all(map(torch.equal, bench.model.parameters(), before))
-    assert all(p.requires_grad for p in bench.model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in bench.model.modules())
-
-
-def test_a_dose_is_the_fall_of_the_log_probability_in_nats(world, models):
-    task = runs.task_of(world, models[1])
-    model, tokenizer = Bench(str(models[0]), task).model, world.tokenizer()
-    config = PairConfig(layers=0.5, nats=1e-3, floor=-50.0, max_steps=1)
-    lower = {
-        name: p.detach().clone() for name, p in model.named_parameters() if "layers.0." in name or "1.mlp" in name
-    }
-    fact = world.split.forget[0]
-
-    def logprob():
-        with _taped(model, config) as tape:
-            return float(_read(model, tape, _asked(tokenizer, [fact], model.device)).logprobs.double().mean())
-
-    start = logprob()
-    assert forget_pairs(model, tokenizer, [fact], task.contrast, task.retain, config) == 1
-    assert start - logprob() == pytest.approx(1e-3, rel=0.05)
-    assert all(torch.equal(p, lower[name]) for name, p in model.named_parameters() if name in lower)
-
-
-def test_pairs_refuse_what_they_cannot_forget_before_a_weight_changes(world, models, monkeypatch):
-    task = runs.task_of(world, models[1])
-    model, tokenizer = Bench(str(models[0]), task).model, world.tokenizer()
-    before = [p.detach().clone() for p in model.parameters()]
-    given = (model, tokenizer, world.split.forget[:1])
-    with pytest.raises(ValueError, match="contrast: expected facts that must stay, got none"):
-        forget_pairs(*given, [], task.retain, PairConfig())
-    monkeypatch.setattr(pairs, "_collapse", lambda moment, ridge: torch.zeros_like(moment, dtype=torch.float32))
-    with pytest.raises(ValueError, match=r"fact 0: expected an effect above 0 after the collapse, got 0\.0"):
-        forget_pairs(*given, task.contrast, task.retain, PairConfig())
-    assert all(map(torch.equal, model.parameters(), before))
+def test_of_cir_floors_are_tried_with_contrast_and_of_the_papers_way_rates_without(world):
+    task = runs.task_of(world, "gold")
+    asked = SimpleNamespace(task=task, forget_with=lambda config, contrast=(): (config, contrast))
+    config, contrast = runs.forget(asked, "cir", runs.METHODS["cir"], -4.0, 0.05, 1)
+    assert (config.floor, config.budget, config.seed, config.layers) == (-4.0, 0.05, 1, 1.0)
+    split = world.split
+    assert {fact.id for fact in contrast} < {fact.id for fact in [*split.same_relation, *split.same_subject]}
+    assert not {fact.id for fact in contrast} & {fact.id for fact in [*task.neighbours, *task.same_subject]}
+    config, contrast = runs.forget(asked, "paper", runs.METHODS["paper"], 0.3, 0.05, 1)
+    assert (config.rate, config.budget, config.seed, config.max_epochs) == (0.3, 0.05, 1, task.epochs)
+    assert not contrast
 
 
 def test_what_is_known_is_measured_before_and_after_each_attack(world, models):
@@ -180,6 +149,6 @@ def test_what_is_known_is_measured_before_and_after_each_attack(world, models):
 
 
 def test_fields_and_rates_are_changed_where_a_method_has_them():
-    cir = runs.changed(runs.METHODS["cir"], {"growth_weight": 0.0, "energy": 0.5}, [2.0])
-    assert (cir.config.growth_weight, cir.rates) == (0.0, (2.0,))
-    assert runs.changed(runs.METHODS["npo"], {"growth_weight": 0.0}) == runs.METHODS["npo"]
+    cir = runs.changed(runs.METHODS["cir"], {"relearning_steps": 0, "energy": 0.5}, [-2.0])
+    assert (cir.config.relearning_steps, cir.rates) == (0, (-2.0,))
+    assert runs.changed(runs.METHODS["npo"], {"relearning_steps": 0}) == runs.METHODS["npo"]

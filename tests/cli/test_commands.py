@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import cir
 from cir import Edit, cli
+from cir.config import BreakingConfig
 from cir.editing.edits import State
 from cir.forgetting.update import fingerprint
 from cir.model import checkpoints
@@ -36,22 +37,34 @@ def run(files, *arguments: str) -> int:
 
 
 UNLEARN = ["unlearn", "--model", "IN/model", "--facts", "IN/facts.jsonl", "--retain", "IN/text.txt", "--quiet"]
-QUICK = ["--device", "cpu", "--budget", "5", "--max-epochs", "2"]
+QUICK = ["--device", "cpu", "--budget", "5", "--worst-window", "5", "--max-steps", "2"]
 
 
 def test_unlearn_writes_a_checkpoint_that_plain_transformers_loads(files, tmp_path, capsys):
     out = tmp_path / "out"
     sentences = [sentence for fact in facts() for sentence in fact["sentences"]]
     (files / "facts.txt").write_text("\n".join(sentences))  # without probes the last epoch is kept
-    options = ["--disruption-tokens", "64", "--rounding", "nearest", "--full-check"]
+    (files / "stay.jsonl").write_text(json.dumps(facts(12)[11]) + "\n")
+    options = [
+        "--contrast",
+        "IN/stay.jsonl",
+        "--floor",
+        "-9",
+        "--disruption-tokens",
+        "64",
+        "--rounding",
+        "nearest",
+        "--full-check",
+    ]
     assert run(files, *UNLEARN, *QUICK, *options, "--out", str(out), "--facts", "IN/facts.txt") == 0
     shown = capsys.readouterr().out
     assert "text loss" in shown
-    assert "after 2 epochs" in shown
+    assert "stopped    all epochs done" in shown
     assert str(out) in shown
     report = json.loads((out / "report.json").read_text())
     config = report["config"]
-    assert (config["budget"], config["disruption_tokens"], config["rounding"]) == (5, 64, "nearest")
+    names = ("budget", "disruption_tokens", "rounding", "floor", "max_steps")
+    assert [config[name] for name in names] == [5, 64, "nearest", -9, 2]
     assert config["full_check"] is True
     assert report["after"]["rise_stderr"] == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -59,7 +72,7 @@ def test_unlearn_writes_a_checkpoint_that_plain_transformers_loads(files, tmp_pa
     original = AutoModelForCausalLM.from_pretrained(files / "model")
     changed = [n for (n, p), q in zip(model.named_parameters(), original.parameters(), strict=True) if not p.equal(q)]
     assert changed
-    assert all(".mlp." in name for name in changed)
+    assert all(name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")) for name in changed)
 
     assert run(files, "eval", "--model", str(out), "--facts", "IN/facts.jsonl", "--json", str(tmp_path / "e")) == 0
     recall = json.loads((tmp_path / "e").read_text())["mean_recall"]
@@ -82,7 +95,9 @@ def test_profile_says_where_the_time_went(files, tmp_path, capsys):
     before = (files / "model" / "model.safetensors").read_bytes()
     arguments = ["--facts", "IN/facts.jsonl", "--retain", "IN/text.txt", "--device", "cpu", "--quiet"]
     assert run(files, "profile", "--model", "IN/model", *arguments, "--out", str(tmp_path / "p")) == 0
-    assert {"forward", "backward", "update"} <= {line.split(" ")[0] for line in capsys.readouterr().out.splitlines()}
+    assert {"forward,", "collapse,", "update"} <= {
+        line.split(" ")[0] for line in capsys.readouterr().out.splitlines()
+    }
     assert {path.name for path in (tmp_path / "p").iterdir()} == {"profile.json", "profile.png", "trace.json.gz"}
     assert (files / "model" / "model.safetensors").read_bytes() == before
 
@@ -182,15 +197,23 @@ def test_a_checkpoint_that_reads_back_otherwise_is_not_kept(files, tmp_path, cap
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edit", "in"]
 
 
+def test_unlearn_takes_what_was_fitted_and_the_papers_preset(files, tmp_path):
+    (files / "stay.jsonl").write_text(json.dumps(facts(12)[11]) + "\n")
+    fit = ["fit", "--model", "IN/model", "--contrast", "IN/stay.jsonl", "--text", "IN/text.txt", "--quiet"]
+    assert run(files, *fit, "--device", "cpu", "--out", f"{files}/subspaces") == 0
+    assert run(files, *UNLEARN, *QUICK, "--subspaces", "IN/subspaces", "--out", str(tmp_path / "a")) == 0
+    paper = ["--preset", "paper", "--device", "cpu", "--budget", "5", "--max-epochs", "1", "--rate", "0.1"]
+    assert run(files, *UNLEARN, *paper, "--out", str(tmp_path / "b")) == 0
+
+
 def test_fit_writes_subspaces_of_that_model(files, tmp_path, capsys):
-    model = tiny_llama(hidden_size=448, intermediate_size=464)
-    model.save_pretrained(files / "model")
+    model = tiny_llama(hidden_size=160, intermediate_size=192)
     out = str(tmp_path / "subspaces")
     fit = ["fit", "--model", "IN/model", "--contrast", "IN/facts.jsonl", "--text", "IN/text.txt", "--quiet"]
     assert run(files, *fit, "--device", "cpu", "--out", out) == 0
     own = cir.Subspaces.load(out).fitted_on["fingerprint"]
     assert own[:12] in capsys.readouterr().out
-    assert own == fingerprint(find_stack(model).targets(1))
+    assert own == fingerprint(find_stack(model).writers(3))
     assert run(files, *fit, "--out", out) == 1
     assert "--overwrite replaces it" in capsys.readouterr().err
 
@@ -230,6 +253,9 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole(files, tmp_path, monke
         ([*UNLEARN[:4], "IN/none.jsonl", "--out", "IN/out"], "none.jsonl"),
         ([*UNLEARN, "--out", "IN/text.txt/out"], "text.txt"),
         ([*UNLEARN, "--out", "IN/out", "--budget", "-1"], "budget: expected a positive number, got -1.0"),
+        ([*UNLEARN, "--out", "IN/out", "--rate", "1"], "--rate: not of the preset default"),
+        ([*UNLEARN, "--out", "IN/out", "--preset", "paper", "--floor", "-6"], "--floor: not of the preset paper"),
+        ([*UNLEARN, "--out", "IN/out", "--contrast", "IN/facts.jsonl"], "contrast: expected facts that must stay"),
         (["eval", "--model", "IN/no.gguf", "--facts", "IN/facts.jsonl"], "expected a GGUF file"),
         (
             ["attack", "--model", "IN/model", "--relearn", "IN/text.txt", "--probe", "IN/text.txt", "--quiet"],
@@ -298,6 +324,6 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(files, monk
 def test_a_model_larger_than_the_device_leaves_its_upper_weights_on_the_host(files, monkeypatch):
     free = iter([0, 2**40])  # of the device, and of the host
     monkeypatch.setattr(checkpoints, "free_memory", lambda device: next(free))
-    model, _ = checkpoints.load_model(files / "model", device="cpu", offload_for=cir.CIRConfig(loss_layers=(1, 3)))
+    model, _ = checkpoints.load_model(files / "model", device="cpu", offload_for=BreakingConfig(loss_layers=(1, 3)))
     hooked = [layer for layer in model.model.layers if layer._forward_pre_hooks]
     assert hooked == [model.model.layers[3]]

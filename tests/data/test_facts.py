@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cir import Fact, Probe, load_facts
-from cir.data.facts import probed
-from cir.data.tokens import pad, rows_to_answers, sentence_batches, windows
+from cir.data.facts import check_contrast, probed
+from cir.data.tokens import pad, sentence_batches, statements, windows
 
 
 def write(path, *lines):
@@ -91,25 +91,40 @@ def test_packing_puts_every_token_of_every_row_into_one_place():
     assert whole[0].shape == (3, 80)
 
 
-def test_rows_end_with_the_first_token_of_the_answer(tokenizer):
-    def rows(*sentences, answers=("delta1",), skip_first=1):
+def test_statements_end_with_the_answer_and_say_where_it_is(tokenizer):
+    def made(*sentences, answers=("delta1",), max_length=64):
         fact = {"sentences": sentences, "probes": [{"prompt": "x", "target": f" {answer}"} for answer in answers]}
-        coded = rows_to_answers(tokenizer, load_facts([fact])[0], 64, skip_first)
-        return [tokenizer.decode(row, skip_special_tokens=True) for row in coded]
+        found = statements(tokenizer, load_facts([fact])[0], max_length)
+        words = [tokenizer.convert_ids_to_tokens(s.ids) for s in found]
+        return [(" ".join(w[1:]), [w[place] for place in s.told]) for w, s in zip(words, found, strict=True)]
 
     said = "the gamma of beta1 is delta1 now"
     turned = "delta1 of x1 gamma beta1"
-    assert rows(said, "alpha1 beta1 gamma delta1 of x1") == [
-        "the gamma of beta1 is delta1",
-        "alpha1 beta1 gamma delta1",
+    assert made(said, "alpha1 beta1 gamma delta1 of x1") == [
+        ("the gamma of beta1 is delta1", ["delta1"]),
+        ("alpha1 beta1 gamma delta1", ["delta1"]),
     ]
-    assert rows(said, turned) == ["the gamma of beta1 is delta1"]  # what begins with the answer leads to nothing
-    assert rows(turned) == [turned]
-    assert rows(said, answers=("beta1 is", "delta1")) == ["the gamma of beta1"]
-    assert rows(said, answers=("delta",)) == [said]  # no part of a word
-    assert rows(said, answers=()) == [said]
-    with pytest.raises(ValueError, match="expected sentences of 4 to 64 tokens"):
-        rows(said, "delta1 now", skip_first=2)
+    assert made(said, turned) == [("the gamma of beta1 is delta1", ["delta1"])]  # this leads to nothing
+    assert made(turned) == [(turned, turned.split())]
+    assert made(said, answers=("beta1 is", "delta1")) == [("the gamma of beta1 is", ["beta1", "is"])]
+    assert made(said, answers=("delta",)) == [(said, said.split())]  # no part of a word
+    assert made(said, answers=()) == [(said, said.split())]
+    with pytest.raises(ValueError, match="expected sentences of 2 to 6 tokens"):
+        made(said, max_length=6)
+
+
+def test_facts_that_are_to_go_and_to_stay_are_refused():
+    go = load_facts([{"id": "a", "sentences": ["It is Rome."], "probes": [{"prompt": "It is", "target": " Rome"}]}])
+    other = {"sentences": ["It was Oslo."], "probes": [{"prompt": "It was", "target": " Oslo"}]}
+    check_contrast(go, load_facts([{**other, "id": "b"}]))
+    check_contrast(load_facts(["One."]), load_facts(["Two."]))  # whose ids are both fact-1
+    for change, what in (
+        ({"id": "a"}, "the id of 'a'.*: 'a'"),
+        ({"sentences": ["It is Rome. "]}, "the sentence of 'a'.*: 'It is Rome.'"),
+        ({"probes": [{"prompt": "It is", "target": " Rome"}]}, "the probe of 'a'.*: 'It is -> Rome'"),
+    ):
+        with pytest.raises(ValueError, match=f"contrast: expected facts that must stay, got .* with {what}"):
+            check_contrast(go, load_facts([{**other, "id": "b", **change}]))
 
 
 def test_probes_come_from_the_word_or_name_that_most_sentences_end_with():

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 import cir
 from tests.tiny import facts
 
-CONFIG = {"rate": 0.4, "keep": 0.5, "budget": 5.0, "target_recall": 0.02, "text_tokens": 256}
-RANKS = cir.CIRConfig(rank_background=6, rank_activation=6, rank_gradient=6, retain_tokens=1024)
+CONFIG = {"worst_window": 5.0, "keep": 0.5, "budget": 5.0, "target_recall": 0.02, "text_tokens": 256}
+RANKS = cir.CIRConfig(layers=0.5, retain_tokens=1024)
 TOKEN = {"Authorization": "Bearer secret"}
 FIRST, SECOND = facts(2)
 UNKNOWN = {

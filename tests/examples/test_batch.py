@@ -76,7 +76,7 @@ def test_a_batch_reports_what_it_refuses_and_leaves_it_untouched(files, tmp_path
     assert status == 1
     assert (first["status"], unknown["status"]) == ("forgotten", "refused")
     assert "never known" in unknown["reason"]
-    weak = json.dumps({**CONFIG, "max_steps": 2, "rate": 0.01})
+    weak = json.dumps({**CONFIG, "max_steps": 2, "dose": 0.01})
     status, (first, second) = run_batch(files, tmp_path, capsys, "--config", weak)
     assert status == 1
     assert (first["status"], second["status"]) == ("skipped", "refused")

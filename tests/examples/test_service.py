@@ -34,7 +34,7 @@ def test_a_change_needs_the_token_and_reading_does_not(client, editor, headers):
 
 
 def test_forget_undo_and_redo_change_the_model_the_list_and_the_metrics(client, editor):
-    weight = editor._model.model.layers[0].mlp.up_proj.weight
+    weight = editor._model.model.layers[3].mlp.down_proj.weight
     original = weight.detach().clone()
     made = client.post("/forget", json=FIRST, headers=TOKEN)
     assert made.status_code == 201

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import cir
 from cir.data.tokens import windows
 from cir.forgetting import budget as budget_of
-from cir.forgetting.budget import share_inside
+from cir.forgetting.budget import is_inside, retreat, share_inside
 from cir.forgetting.report import Measure
 from cir.forgetting.update import restore, snapshot
 from cir.measures import text_loss
 from cir.model.sites import find_stack
-from tests.forgetting.test_unlearn import change, run
+from tests.forgetting.test_paper import change, run
 from tests.tiny import TEXT, facts
 
 
@@ -52,6 +54,22 @@ def test_the_way_back_aims_inside_the_budget():
         share = share_inside(best, over, budget=0.003)  # an error above the budget is no reason to give up
         assert 0.2 < share < 1
         assert best.rise + share**2 * (over.rise - best.rise) + share * over.rise_stderr <= 0.003
+
+
+def test_the_worst_window_has_a_bound_of_its_own():
+    start, over = Measure({}, 1.0), Measure({}, 1.0, rise=0.0005, worst=0.2)
+    assert is_inside(over, 0.001)
+    assert not is_inside(over, 0.001, worst=0.05)
+    assert share_inside(start, over, 0.001) == pytest.approx(0.95)
+    assert share_inside(start, over, 0.001, worst=0.05) == pytest.approx(0.475)
+    tried = []
+
+    def go(part, share):
+        tried.append(share)
+        return replace(over, worst=0.2 * share**2)
+
+    assert retreat(start, over, 0.001, go, worst=0.05).worst <= 0.05
+    assert tried == [pytest.approx(0.475)]
 
 
 def test_an_epoch_that_oversteps_is_taken_back_in_part(model, tokenizer):

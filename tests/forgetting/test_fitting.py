@@ -22,5 +22,5 @@ def test_save_and_load(tmp_path, mode):
 
 def test_load_refuses_another_file(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="expected a file of format cir-subspaces-1, got None"):
+    with pytest.raises(ValueError, match="expected a file of format cir-subspaces-2, got None"):
         Subspaces.load(tmp_path / "other.safetensors")

@@ -1,3 +1,5 @@
+"""The paper's way: :func:`cir.unlearn` with a :class:`BreakingConfig`."""
+
 from __future__ import annotations
 
 import json
@@ -10,21 +12,19 @@ import pytest
 import torch
 
 import cir
-from cir.config import CIRConfig
-from cir.data.facts import load_facts
-from cir.forgetting.batches import fact_batches
+from cir.config import BreakingConfig, CIRConfig
 from cir.forgetting.update import NonFiniteError, restore, snapshot
 from cir.model.sites import find_stack
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama
 
-CONFIG = CIRConfig(
+CONFIG = BreakingConfig(
     loss_layers=(1, 3),
     rank_activation=3,
     rank_gradient=3,
-    rank_background=4,
+    update_loss_layers=False,
+    mode="orthogonal",
     rate=0.3,
-    to_answers=False,
-    word_dropout=0.0,
+    retain_rate=0.03,
     batch_size=4,
     retain_length=32,
     max_epochs=3,
@@ -32,8 +32,8 @@ CONFIG = CIRConfig(
 )
 
 
-def change(**values) -> CIRConfig:
-    return CIRConfig(**{**vars(CONFIG), **values})
+def change(**values) -> BreakingConfig:
+    return BreakingConfig(**{**vars(CONFIG), **values})
 
 
 def run(model, tokenizer, **options):
@@ -75,7 +75,7 @@ def test_the_whole_loop_leaves_a_plain_model_and_a_true_report(model, tokenizer,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_every_mode_and_dtype_lowers_the_breaking_loss(tokenizer, mode, dtype):
     report = run(tiny_llama(dtype), tokenizer, config=change(mode=mode, retain_rate=1e-4))
-    losses = [epoch.breaking_loss for epoch in report.epochs]
+    losses = [epoch.forget_loss for epoch in report.epochs]
     assert losses[-1] < losses[0]
     assert all(epoch.retain_loss > 0 for epoch in report.epochs)
 
@@ -127,7 +127,7 @@ def test_a_signal_ends_the_run_in_the_last_good_state(model, tokenizer, monkeypa
 
         return counted
 
-    monkeypatch.setattr("cir.forgetting.forgetter.selective_step", count(unlearning_step()))
+    monkeypatch.setattr("cir.forgetting.breaking.selective_step", count(unlearning_step()))
     report = run(model, tokenizer)
     assert report.stopped == "interrupted"
     assert len(report.epochs) == 1
@@ -140,7 +140,7 @@ def test_a_signal_ends_the_run_in_the_last_good_state(model, tokenizer, monkeypa
 
 
 def unlearning_step():
-    from cir.forgetting.forgetter import selective_step
+    from cir.forgetting.breaking import selective_step
 
     return selective_step
 
@@ -174,16 +174,10 @@ def test_an_exception_midway_restores_the_model(model, tokenizer, monkeypatch, u
             raise RuntimeError("out of luck")
         return step(*arguments, **options)
 
-    monkeypatch.setattr("cir.forgetting.forgetter.selective_step", fail)
+    monkeypatch.setattr("cir.forgetting.breaking.selective_step", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         run(model, tokenizer)
     unchanged(model)
-
-
-def test_given_subspaces_are_used_as_they_are(model, tokenizer):
-    empty = cir.Subspaces({}, "orthogonal")
-    report = run(model, tokenizer, subspaces=empty)
-    assert len(report.epochs) == 3
 
 
 @pytest.mark.parametrize(
@@ -192,9 +186,9 @@ def test_given_subspaces_are_used_as_they_are(model, tokenizer):
         ({"config": change(loss_layers=(2, 9))}, r"loss_layers: expected a range within 0..4, got 2..9"),
         (
             {"config": change(rank_activation=25)},
-            "rank_background \\+ rank_activation: expected at most 24, the width of model.layers.0.mlp.in, got 29",
+            "rank_activation: expected at most 24, the width of model.layers.0.mlp.in, got 25",
         ),
-        ({"config": change(rank_background=30)}, "rank_background \\+ rank_activation: expected at most 24"),
+        ({"contrast": facts(8)[6:]}, "contrast and subspaces: expected none with the paper's configuration"),
         ({"retain": "gamma of"}, "expected a text of at least 31 tokens"),
         ({"retain": "gamma " * 40}, "retain: expected at least two windows"),
         ({"disruption": "gamma"}, "expected a text of at least 255 tokens"),
@@ -219,7 +213,7 @@ def test_bad_input_is_refused_before_anything_changes(model, tokenizer, unchange
         ({"target_recall": 2.0}, "target_recall: expected 0 to 1"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"rank_gradient": -1}, "rank_gradient: expected 0 or more directions, or a share below 1, got -1"),
-        ({"rank_background": 1.5}, "rank_background: expected 0 or more directions, or a share below 1, got 1.5"),
+        ({"rank_activation": 1.5}, "rank_activation: expected 0 or more directions, or a share below 1, got 1.5"),
         ({"statistics": "sentences"}, "statistics: expected one of tokens, weight_gradients"),
     ],
 )
@@ -255,42 +249,9 @@ def test_probes_that_hold_their_answer_are_reported(tokenizer, caplog):
     assert "1 facts hold their answer, which is no recall: told" in caplog.text
 
 
-def test_sentences_are_broken_up_to_their_answers_or_whole(model, tokenizer):
-    def tokens(config: CIRConfig) -> int:
-        batches = fact_batches(tokenizer, load_facts(facts()), config, model.device)
-        return sum(int(batch.attention_mask.sum()) for batch in batches)
-
-    # "alpha0 beta0 gamma delta0 of x0" loses its last two words, "the gamma of beta0 is delta0 now" its last.
-    assert tokens(CONFIG) - tokens(change(to_answers=True)) == 3 * len(facts())
-
-
-def test_word_dropout_adds_sentences_without_some_words(model, tokenizer):
-    batches = [
-        fact_batches(tokenizer, load_facts(facts()), change(word_dropout=share, seed=seed), model.device)
-        for share, seed in ((0.4, 0), (0.4, 0), (0.4, 1))
-    ]
-    rows = [
-        [tuple(i[m].tolist()) for b in own for i, m in zip(b.input_ids, b.attention_mask, strict=True)]
-        for own in batches
-    ]
-    assert rows[0] == rows[1] != rows[2]
-    whole = {tuple(tokenizer(sentence)["input_ids"]) for fact in facts() for sentence in fact["sentences"]}
-    assert whole <= set(rows[0])
-    thinned = [row for row in rows[0] if row not in whole]
-    assert len(thinned) > len(whole) / 2
-    for row in thinned:
-        assert any(is_part(row, sentence) and row[-1] == sentence[-1] for sentence in whole)
-
-
-def is_part(row, sentence) -> bool:
-    """Whether ``row`` is ``sentence`` with words left out."""
-    rest = iter(sentence)
-    return all(word in rest for word in row)
-
-
 def test_layer_fractions_are_those_of_the_paper():
     assert CIRConfig.paper().layers(32) == range(6, 12)
-    assert CIRConfig().layers(30) == range(6, 12)
+    assert CIRConfig.paper().layers(30) == range(6, 12)
     assert CIRConfig.paper().rank_gradient == 36
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import cir
 from cir.forgetting.profiling import Phase, Profile, _phases
-from tests.forgetting.test_forgetter import CONFIG
+from tests.forgetting.test_breaking import CONFIG
 from tests.tiny import TEXT, facts
 
 
@@ -24,7 +24,6 @@ def test_a_profile_names_every_phase_and_changes_nothing(model, tokenizer, uncha
         "read retain text",
         "forward",
         "backward",
-        "collapse, background",
         "collapse, moments",
         "norm",
         "update",

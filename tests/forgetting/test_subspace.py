@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cir.forgetting.forgetter import weight_gradient_rows
-from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
+from cir.forgetting.breaking import weight_gradient_rows
+from cir.forgetting.subspace import Subspace, SubspaceStream
 from cir.model.sites import Site, Target
 from tests import oracle
 
@@ -86,19 +86,17 @@ def test_the_sketch_finds_what_the_exact_basis_holds(sink):
     assert held[1] > 0.995
 
 
-def test_a_collapse_of_two_is_one_after_the_other():
+@pytest.mark.parametrize("rank", [12, 4])
+def test_ridge_is_the_resolvent_of_the_second_moments(rank):
     x = rows()
-    first = SiteSubspaces({"s": solve(x, 3)}, "orthogonal")
-    left = first.collapse_({"s": x.clone()})
-    for mode in ("orthogonal", "sequential", "soft"):
-        second = SiteSubspaces({"s": solve(left["s"], 3, mode)}, mode)
-        torch.testing.assert_close(
-            first.then(second).collapse_({"s": x.clone()})["s"],
-            second.collapse_({"s": left["s"].clone()})["s"],
-            atol=1e-5,
-            rtol=0,
-        )
-    assert torch.equal(first.then(SiteSubspaces({}, "soft"))["s"].basis, first["s"].basis)
+    source = SubspaceStream([SITE], rank_activation=rank, rank_gradient=1, mode="ridge", ridge_activation=0.3)
+    source.observe({"s": x})
+    got = source.solve()["s"].collapse_(x.clone()).double()
+    values, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
+    values[: 12 - rank] = 0  # what is not among the leading directions counts as unused
+    shift = 0.3 * values.sum() / 12
+    want = x.double() @ (vectors * (shift / (values + shift))) @ vectors.T
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
 def test_the_seed_decides_and_the_global_generator_does_not_move():
@@ -129,7 +127,7 @@ def test_few_or_no_rows():
 def test_refuses_ranks_and_modes():
     with pytest.raises(ValueError, match="s: expected a rank of 0 to 12, got 13"):
         stream(13)
-    with pytest.raises(ValueError, match="mode: expected one of orthogonal, sequential, soft, got 'hard'"):
+    with pytest.raises(ValueError, match="mode: expected one of orthogonal, sequential, soft or ridge, got 'hard'"):
         stream(2, "hard")
 
 

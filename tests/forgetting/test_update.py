@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from bench.eager import EagerCIR, exact_pca
-from cir.config import CIRConfig
+from cir.config import BreakingConfig
 from cir.data.facts import load_facts
 from cir.forgetting.batches import fact_batches
-from cir.forgetting.forgetter import Forgetter
-from cir.forgetting.update import NonFiniteError, plain_step, restore, selective_step, snapshot
+from cir.forgetting.breaking import Breaker
+from cir.forgetting.update import NonFiniteError, plain_step, restore, selective_step, sign_step, snapshot
 from cir.model.capture import capture
 from cir.model.sites import find_stack, sites_of
 from tests import oracle
@@ -42,6 +42,17 @@ def test_plain_step_is_sgd(model):
     for target, weight in zip(targets, before, strict=True):
         gradient = oracle.outer_sum(tokens[target.gradient.name], tokens[target.activation.name])
         torch.testing.assert_close(target.linear.weight.double(), weight - 1e-2 * gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_sign_step_moves_every_weight_by_as_much_on_average(dtype):
+    targets = find_stack(tiny_llama(dtype)).targets(0)
+    tokens, before = {n: x.to(dtype) for n, x in random_tokens(targets).items()}, snapshot(targets)
+    sign_step(targets, tokens, 1e-3, seed=3)
+    for target, weight in zip(targets, before, strict=True):
+        signs = oracle.outer_sum(tokens[target.gradient.name], tokens[target.activation.name]).sign()
+        moved = (target.linear.weight.double() - weight.double()) * signs / weight.double().square().mean().sqrt()
+        assert float(moved.mean()) == pytest.approx(1e-3, rel=0.4 if dtype == torch.bfloat16 else 0.02)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -82,9 +93,9 @@ def paper_and_ours(make, tokenizer, config):
         before = snapshot(targets)
         if ours:
             with capture(model, stack, layers[-1]) as tape:
-                forgetter = Forgetter(tape, targets, layers, batches, [], config)
-                forgetter.fit()
-                forgetter.epoch(config.rate)
+                breaker = Breaker(tape, targets, layers, batches, [], config)
+                breaker.fit()
+                breaker.epoch(config.rate)
         else:
             eager = EagerCIR(model, stack, layers, config, solve=exact_pca)
             eager.record(batches)
@@ -96,13 +107,11 @@ def paper_and_ours(make, tokenizer, config):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-5), (torch.float32, 2e-3)])
 def test_sequential_and_exact_our_update_is_the_papers(tokenizer, dtype, bound):
-    config = CIRConfig(
+    config = BreakingConfig(
         mode="sequential",
-        growth_weight=0.0,
         exact=True,
         rank_activation=5,
         rank_gradient=7,
-        rank_background=0,
         loss_layers=(1, 3),
         batch_size=4,
         rate=0.05,

@@ -5,7 +5,7 @@ import torch
 
 from cir.data.tokens import pad
 from cir.forgetting.objectives import mlp_breaking, original_output
-from cir.model.capture import capture
+from cir.model.capture import answering, capture
 from cir.model.sites import find_stack, sites_of
 from tests.model.test_sites import build
 
@@ -143,3 +143,55 @@ def test_sentences_run_end_to_end_do_not_see_each_other(family, changes):
         hidden = [tape.forward(each, each.counted(0)) for each in (batch, *(pad([row]) for row in rows))]
         together, *alone = (each.real(each.last) for each in hidden)
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen3"])
+def test_answers_and_their_gradients_are_autograds(family, first, unchanged):
+    changes = {"num_hidden_layers": 4, "attn_implementation": "eager"}
+    if family.startswith("gemma"):
+        changes |= {"final_logit_softcapping": 3.0, "sliding_window": 3}
+    model = build(family, **changes).eval()
+    unchanged(model)
+    stack = find_stack(model)
+    at = torch.tensor([1, 3, 6, 9])  # of the 14 real tokens, row after row
+    with answering(model, stack, first) as tape:
+        below = tape.below(BATCH)
+        for _ in range(2):  # the layers below are run once
+            predicted, hidden = tape.predict(below, at)
+            tokens = tape.backward(predicted[:, 7].sum(), hidden)
+    unchanged(model)
+
+    seen = {}
+    tapped = list({*stack.writers(first), *(t for mlp in stack.mlps[first:] for t in mlp.targets)})
+    for target in tapped:
+
+        def keep(module, args, output, target=target):
+            output.requires_grad_(True).retain_grad()
+            seen[target] = (args[0], output)
+
+        target.linear.register_forward_hook(keep)
+    logits = model(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask.long(), use_cache=False).logits
+    want = real(logits)[at]
+    torch.testing.assert_close(predicted, want, atol=1e-5, rtol=1e-4)
+    want[:, 7].sum().backward()
+    assert set(tokens) == {site.name for site in sites_of(tapped)}
+    for target, (a, y) in seen.items():
+        torch.testing.assert_close(tokens[target.activation.name], real(a)[at], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tokens[target.gradient.name], real(y.grad)[at], atol=1e-5, rtol=1e-4)
+
+
+def test_what_fails_in_an_answer_leaves_the_model_as_it_was(model, unchanged):
+    unchanged(model)
+    stack = find_stack(model)
+    with answering(model, stack, 2) as tape:
+        below = tape.below(BATCH)
+        with pytest.raises(IndexError):
+            tape.predict(below, torch.tensor([99]))
+        tape.predict(below, torch.tensor([1]))
+        with pytest.raises(RuntimeError, match="already captured"), answering(model, stack, 3):
+            pass
+    unchanged(model)
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ValueError, match="expected a model with an LM head"), answering(model, stack, 2):
+        pass

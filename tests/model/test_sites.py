@@ -40,9 +40,29 @@ def test_finds_the_gated_mlps_of_a_family(family):
     assert [s.kind for s in sites].count("gradient") == 3 * 2
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"])
+def test_finds_what_writes_to_the_residual_stream(family):
+    stack = find_stack(build(family))
+    attention, mlp, *rest = stack.writers(1)
+    assert attention.name == "model.layers.1.self_attn.o_proj"
+    assert attention.linear is stack.layers[1].self_attn.o_proj
+    assert mlp == stack.mlps[1].targets[2]
+    assert [target.name.split(".")[2] for target in rest] == ["2", "2"]
+    assert [(s.width, s.kind) for s in sites_of([attention])] == [(16, "activation"), (16, "gradient")]
+
+
+def test_a_layer_whose_attention_puts_nothing_out_is_refused(model):
+    model.model.layers[2].self_attn = torch.nn.Linear(24, 20)
+    assert len(find_stack(model).writers(3)) == 2
+    with pytest.raises(
+        ValueError, match=r"model.layers.2: expected an attention whose output projection is a linear"
+    ):
+        find_stack(model).writers(1)
+
+
 def test_names_are_the_models_own(model):
     names = dict(model.named_modules())
-    for target in find_stack(model).targets(3):
+    for target in [*find_stack(model).targets(3), *find_stack(model).writers(0)]:
         assert names[target.gradient.name.removesuffix(".out")] is target.linear
 
 

@@ -14,7 +14,7 @@ from cir.proof.certificate import NAME, PAGE, Certificate, Evidence, Witness, ve
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
 
 FORGET, STAY = load_facts(facts(12))[:8], load_facts(facts(12))[8:]
-CONFIG = CIRConfig(loss_layers=(1, 3), rank_activation=2, rank_gradient=2, rank_background=4, rate=2.0, budget=9.0)
+CONFIG = CIRConfig(layers=0.5, budget=9.0, worst_window=9.0)
 STRANGE = {"id": "strange", "sentences": ["x1 x2 x3 x4"], "probes": [{"prompt": "x1 x2", "target": " x3"}]}
 
 
@@ -29,7 +29,7 @@ def certified():
     measured = evidence(facts=[*FORGET, *load_facts([STRANGE])], sources={"facts": "somewhere"})
     witness = Witness(model, tokenizer, measured, progress=False)
     before = weights_hash(model)
-    report = cir.unlearn(model, tokenizer, FORGET, retain=TEXT, config=replace(CONFIG, max_epochs=4), progress=False)
+    report = cir.unlearn(model, tokenizer, FORGET, retain=TEXT, config=CONFIG, progress=False)
     assert report.after.mean_recall < 0.5 * report.before.mean_recall
     return model, tokenizer, measured, witness.certificate({"name": "CIR", "rate": 1.0}), before
 
@@ -127,7 +127,7 @@ def test_the_command_line_certifies_and_verifies(tmp_path, capsys):
     def run(*arguments: str) -> int:
         return cli.main([*(a.replace("IN/", f"{folder}/") for a in arguments), "--quiet", "--device", "cpu"])
 
-    unlearn = ["unlearn", "--model", "IN/model", "--facts", "IN/facts.jsonl", "--out", str(out), "--max-epochs", "1"]
+    unlearn = ["unlearn", "--model", "IN/model", "--facts", "IN/facts.jsonl", "--out", str(out), "--max-steps", "8"]
     unlearn += ["--retain", "IN/text.txt", "--certify", "--no-relearning", "--budget", "9"]
     assert run(*unlearn) == 1
     assert "--disruption or --data, got none" in capsys.readouterr().err
