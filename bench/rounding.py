@@ -4,7 +4,7 @@
 
 SmolLM2-135M with the weights that are updated rounded to bfloat16, then unlearned with each rounding of the updates,
 and with none. They lie in float32, whose products are faster on a CPU; every update leaves them with values of
-bfloat16. Nothing is relearned on the way: those updates are taken back, and would count among the others.
+bfloat16. Nothing is relearned on the way, as that is taken back whatever it is rounded to.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ NEIGHBOURS_EVERY = 4
 SMALLEST_DOSE = 1 / 8
 """Share of the first dose below which neighbours that still suffer end the edit."""
 LOWEST = -20.0
-"""Log-odds at which nothing is left of an answer: recall ends an edit before that."""
+"""Log-odds below which nothing is left of an answer."""
 Update = tuple[Tokens, float]
 """The collapsed rows of a step, and its scale."""
 
@@ -275,17 +275,20 @@ class Editor:
         config = self.config
         share, goal, state = 1.0, config.target_recall * before.recall, before
         settings = CIRConfig(
-            dose=config.dose, floor=LOWEST, rounding=config.rounding, max_length=config.max_length, relearning_steps=0
+            dose=config.dose, rounding=config.rounding, max_length=config.max_length, relearning_steps=0
         )
         kept: list[Update] = []
+        floor = settings.floor
         with answering(self._model, self._stack, self._first) as tape:
             forgetter = Forgetter(tape, self._targets, self._tokenizer, [fact], self._subspaces, settings)
             while len(kept) < config.max_steps:
                 new: list[Update] = []
-                for _ in range(NEIGHBOURS_EVERY * config.check_every):
-                    step = forgetter.step()
+                for _ in range(min(NEIGHBOURS_EVERY * config.check_every, config.max_steps - len(kept))):
+                    # The sentences are gone, and some probe is not yet: lower still.
+                    while not (step := forgetter.step(floor=floor)).live and floor > LOWEST:
+                        floor -= 1
                     if not any(rows.any() for rows in step.tokens.values()):
-                        return kept, state, "nothing left to forget"
+                        return kept + new, self._look(fact), "nothing left to forget"
                     forgetter.apply(step, share)
                     new.append((step.tokens, share))
                     if len(new) % config.check_every == 0 and self._recall(fact) <= goal:

@@ -19,7 +19,7 @@ from cir.forgetting.questions import Questions, Rows, joined, questions
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, sign_step, snapshot
 from cir.model.capture import AnswerCapture, Tokens
-from cir.model.sites import Target
+from cir.model.sites import Target, sites_of
 
 PARTS = 4
 """Of the facts of a step: half of them are relearned, and the others are asked whether they come back."""
@@ -113,23 +113,26 @@ class Forgetter:
                 break
         return EpochLosses(_mean(odds), gone=gone, left=tuple(sorted(set().union(*self._left.values()))))
 
-    def step(self, number: int = 0) -> Step:
+    def step(self, number: int = 0, floor: float | None = None) -> Step:
         """What takes the facts of batch ``number`` nearer to being gone, each by its dose; no weight changes.
+
+        With a ``floor``, an answer is gone there and not at that of the configuration.
 
         Raises:
             NonFiniteError: on a NaN or infinity.
         """
         config, parts = self._config, self._batches[number]
+        floor = config.floor if floor is None else floor
         read = [self._read(part) for part in parts]
         rows = joined(read)
         mean = float(rows.odds.mean())
         if not torch.isfinite(rows.odds).all():
             raise NonFiniteError(f"expected finite log-odds, got a mean of {mean}; no weight was changed")
-        live = rows.odds > config.floor
+        live = rows.odds > floor
         # While most are not gone, there is no need to ask which would come back.
         if config.relearning_steps and len(parts) > 1 and float(live.float().mean()) < 0.5:
             back = self._returning(parts)
-            rows, live = _replaced(read, back, config.floor, config.relearning_floor)
+            rows, live = _replaced(read, back, floor, config.relearning_floor)
         count = int(live.sum())
         self._left[number] = set(rows.owners[live].tolist())
         if not count:
@@ -163,7 +166,7 @@ class Forgetter:
         return [found[i] for i in range(len(parts))]
 
     def _relearn(self, rows: Rows) -> None:
-        """Raise the log-odds of ``rows`` together as an attacker does: all over the MLPs, and nothing is collapsed."""
+        """Raise the log-odds of ``rows`` as an attacker does: all over the MLPs, and nothing is collapsed."""
         self._updates += 1
         with phase("relearn"):
             sign_step(self._tape.mlps, rows.tokens, RELEARNING_RATE, self._updates)
@@ -172,7 +175,8 @@ class Forgetter:
         """The rows collapsed, those of each fact scaled to its dose."""
         config = self._config
         with phase("collapse, dose"):
-            collapsed = self._common.collapse_({name: x.clone() for name, x in rows.tokens.items()})
+            sites = sites_of(self._targets)
+            collapsed = self._common.collapse_({site.name: rows.tokens[site.name].clone() for site in sites})
             scale = doses(
                 rows.owners,
                 _gram(self._targets, rows.tokens, collapsed),
@@ -182,14 +186,10 @@ class Forgetter:
             )
             if not torch.isfinite(scale).all():
                 raise NonFiniteError("expected finite gradients, got NaN or infinity; no weight was changed")
-            return self._scaled(collapsed, scale)
-
-    def _scaled(self, tokens: Tokens, scale: Tensor) -> Tokens:
-        """``tokens`` with their gradients' rows scaled by (T,)."""
-        gradients = {target.gradient.name for target in self._targets}
-        return {
-            name: (rows * scale[:, None].to(rows)) if name in gradients else rows for name, rows in tokens.items()
-        }
+            for site in sites:
+                if site.kind == "gradient":
+                    collapsed[site.name] *= scale[:, None].to(collapsed[site.name])
+            return collapsed
 
 
 def doses(owners: Tensor, effects: Tensor, lengths: Tensor, dose: float, longest: float) -> Tensor:

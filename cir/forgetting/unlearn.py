@@ -92,7 +92,7 @@ def unlearn(
                 "offload: expected auto or never, as all layers are run, or the paper's preset, got always"
             )
         kept = [] if contrast is None else load_facts(contrast)
-        plan = _plan(model, tokenizer, facts, kept, config, subspaces, **texts)
+        plan = _plan(model, tokenizer, facts, kept, config, subspaces, **texts, progress=progress)
     if progress:
         needed = f"about {plan.memory / 2**30:.2f} GiB are needed beyond the weights"
         tqdm.write(f"{needed}{plan.waiting}", file=sys.stderr)
@@ -109,6 +109,7 @@ def _plan(
     *,
     retain: str | None,
     disruption: str | None,
+    progress: bool,
 ) -> Plan:
     """Steps along what is specific to each fact, until all are gone."""
     check_contrast(facts, contrast)
@@ -141,7 +142,9 @@ def _plan(
                 if subspaces is not None:
                     common = subspaces.to(model.device)
                 else:
-                    common = fitted(tape, targets, tokenizer, rows, contrast, config, at_once=need.tokens)
+                    common = fitted(
+                        tape, targets, tokenizer, rows, contrast, config, at_once=need.tokens, progress=progress
+                    )
                 forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, at_once=need.tokens)
                 return lambda number: forgetter.epoch(on_step, stop)
 

@@ -1,0 +1,201 @@
+"""Steps along what is specific to each fact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cir.config import CIRConfig
+from cir.data.facts import load_facts
+from cir.forgetting.fitting import fitted
+from cir.forgetting.forgetter import Forgetter, doses
+from cir.forgetting.questions import joined, questions
+from cir.forgetting.subspace import SiteSubspaces
+from cir.forgetting.update import NonFiniteError, snapshot
+from cir.measures import recall
+from cir.model.capture import answering
+from cir.model.sites import find_stack
+from tests import oracle
+from tests.tiny import facts, knowing_llama, word_tokenizer
+
+FACTS = load_facts(facts(12))
+CONFIG = CIRConfig(max_change=1.0, text_weight=0.0)
+FIRST = 2
+NOTHING = SiteSubspaces({}, "ridge")
+
+
+@pytest.fixture(scope="module")
+def knowing():
+    return knowing_llama(), word_tokenizer()
+
+
+@pytest.fixture
+def opened(knowing):
+    """The knowing model, its weights put back at the end, its tokenizer and targets, and a capture of it."""
+    model, tokenizer = knowing
+    stack = find_stack(model)
+    targets = stack.writers(FIRST)
+    before = snapshot(targets)
+    with answering(model, stack, FIRST) as tape:
+        yield model, tokenizer, targets, tape
+    with torch.no_grad():
+        for target, weight in zip(targets, before, strict=True):
+            target.linear.weight.copy_(weight)
+
+
+def asked(tape, tokenizer, chosen, at_once=512):
+    return questions(tape, tokenizer, chosen, torch.device("cpu"), max_length=64, at_once=at_once)
+
+
+def read(tape, tokenizer, chosen):
+    return joined([part.read(tape) for part in asked(tape, tokenizer, chosen)])
+
+
+@pytest.mark.parametrize("at_once", [8, 32, 512])
+def test_rows_are_those_of_the_answers_however_they_are_batched(opened, at_once):
+    _, tokenizer, _, tape = opened
+    whole = read(tape, tokenizer, FACTS[:5])
+    parts = asked(tape, tokenizer, FACTS[:5], at_once)
+    assert len(parts) == {8: 10, 32: 3, 512: 1}[at_once]
+    rows = joined([part.read(tape) for part in parts])
+    assert rows.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    torch.testing.assert_close(rows.odds, whole.odds, atol=1e-4, rtol=1e-4)
+    for name, x in whole.tokens.items():
+        torch.testing.assert_close(rows.tokens[name], x, atol=1e-4, rtol=1e-3)
+
+
+def test_without_probes_the_tokens_count_that_the_sentence_alone_tells(opened, monkeypatch):
+    # The model knows what follows the last words of so short a sentence, whatever goes before.
+    monkeypatch.setattr("cir.forgetting.questions.CONTEXT", 1)
+    _, tokenizer, _, tape = opened
+    (part,) = asked(tape, tokenizer, load_facts([fact.sentences[1] for fact in FACTS[:6]]))
+    told = [tokenizer.convert_ids_to_tokens(int(i)) for i in part.answers]
+    counts = {word: told.count(word) for word in told}
+    # "the gamma of beta3 is delta3 now": what belongs to one fact can be told from what all have in common.
+    assert set(part.owners.tolist()) == set(range(6))
+    assert all(counts.get(f"delta{i}") for i in range(6))
+    assert "gamma" not in counts
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_step_lowers_each_fact_by_its_dose(opened, weight):
+    _, tokenizer, targets, tape = opened
+    rows = torch.arange(2, 66).view(4, 16)
+    config = replace(CONFIG, dose=0.01, relearning_steps=0, text_weight=weight)
+    common = fitted(tape, targets, tokenizer, rows, FACTS[6:], config, progress=False)
+    forgetter = Forgetter(tape, targets, tokenizer, FACTS[:1], common, config)
+    before = read(tape, tokenizer, FACTS[:1]).odds.double()
+    forgetter.apply(forgetter.step())
+    after = read(tape, tokenizer, FACTS[:1]).odds.double()
+    assert float((after - before).mean()) == pytest.approx(-0.01, rel=0.05)
+
+
+def test_doses_are_their_formula():
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.tensor([4, 1, 4, 1, 4])
+    g, a, dg, da = (torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (3, 6, 3, 6))
+    effects, lengths = (g @ dg.T) * (a @ da.T), (dg @ dg.T) * (da @ da.T)
+    effects = effects.abs()
+    scale = doses(owners, effects, lengths, 2.0, 1e9)
+    for fact in (1, 4):
+        own = owners == fact
+        assert len(scale[own].unique()) == 1
+        changes = scale[own][0] * effects[own][:, own].sum(1)
+        assert float(changes.mean()) == pytest.approx(-2.0)
+    short = doses(owners, effects, lengths, 2.0, 0.01)
+    for fact in (1, 4):
+        own = owners == fact
+        change = float(short[own][0]) * oracle.outer_sum(dg[own], da[own])
+        assert float(change.norm()) == pytest.approx(0.01)
+    effects[owners == 1] = 0
+    assert not doses(owners, effects, lengths, 2.0, 1.0)[owners == 1].any()
+
+
+def test_what_contrast_facts_use_is_hardly_touched(opened):
+    model, tokenizer, targets, tape = opened
+    found = {}
+    for contrast in (False, True):
+        common = NOTHING
+        if contrast:
+            common = fitted(tape, targets, tokenizer, None, FACTS[6:], CONFIG, progress=False)
+        forgetter = Forgetter(tape, targets, tokenizer, FACTS[:6], common, replace(CONFIG, relearning_steps=0))
+        before = snapshot(targets)
+        for _ in range(8):
+            if (step := forgetter.step()).live:
+                forgetter.apply(step)
+        recalls = recall(model, tokenizer, FACTS)
+        found[contrast] = [sum(recalls[fact.id] for fact in part) / 6 for part in (FACTS[:6], FACTS[6:])]
+        with torch.no_grad():
+            for target, weight in zip(targets, before, strict=True):
+                target.linear.weight.copy_(weight)
+    assert found[False][0] < 0.05
+    assert found[True][0] < 0.05
+    assert found[True][1] > 0.9
+    assert found[False][1] < 0.8
+
+
+def test_facts_that_are_gone_leave_the_step(opened):
+    _, tokenizer, targets, tape = opened
+    forgetter = Forgetter(tape, targets, tokenizer, FACTS[:2], NOTHING, replace(CONFIG, relearning_steps=0))
+    step = forgetter.step()
+    assert step.live == 4
+    while (step := forgetter.step()).live:
+        forgetter.apply(step)
+    assert forgetter.epoch().gone
+    assert float(read(tape, tokenizer, FACTS[:2]).odds.max()) <= CONFIG.floor
+
+
+def test_relearning_is_undone_and_makes_forgetting_hold(opened):
+    _, tokenizer, targets, tape = opened
+
+    def relearned() -> float:
+        """Mean log-odds of some facts after the others were relearned."""
+        attacker = Forgetter(tape, targets, tokenizer, FACTS[:8], NOTHING, replace(CONFIG, relearning_steps=3))
+        return float(joined(attacker._returning(attacker._batches[0])).odds.mean())
+
+    found = {}
+    for steps in (0, 3):
+        before = snapshot(targets)
+        config = replace(CONFIG, relearning_steps=steps, relearning_floor=-9.0)
+        forgetter = Forgetter(tape, targets, tokenizer, FACTS[:8], NOTHING, config)
+        for _ in range(40):
+            weights = snapshot(targets)
+            step = forgetter.step()
+            assert all(torch.equal(t.linear.weight, w) for t, w in zip(targets, weights, strict=True))
+            if not step.live:
+                break
+            forgetter.apply(step)
+        found[steps] = relearned()
+        with torch.no_grad():
+            for target, weight in zip(targets, before, strict=True):
+                target.linear.weight.copy_(weight)
+    assert found[3] < found[0] - 1
+
+
+def test_nan_is_an_error_before_any_weight_changes(opened, unchanged):
+    model, tokenizer, targets, tape = opened
+    forgetter = Forgetter(tape, targets, tokenizer, FACTS[:2], NOTHING, CONFIG)
+    weight = model.model.layers[3].mlp.up_proj.weight
+    value = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] = torch.nan
+    before = snapshot(targets)
+    with pytest.raises(NonFiniteError, match="no weight was changed"):
+        forgetter.epoch()
+    assert all(torch.equal(t.linear.weight, w) for t, w in zip(targets, before, strict=True))
+    with torch.no_grad():
+        weight[0, 0] = value
+
+
+def test_many_facts_are_forgotten_batch_by_batch(opened):
+    model, tokenizer, targets, tape = opened
+    config = replace(CONFIG, batch_size=3, relearning_steps=0, check_every=30)
+    forgetter = Forgetter(tape, targets, tokenizer, FACTS[:7], NOTHING, config)
+    assert forgetter.batches == 3
+    calls = []
+    losses = forgetter.epoch(lambda: calls.append(1))
+    assert losses.gone
+    assert len(calls) % 3 == 0
+    assert max(recall(model, tokenizer, FACTS[:7]).values()) < 0.05
