@@ -77,7 +77,7 @@ class CIRConfig:
 
     layers: float = 0.3
     dose: float = 1.0
-    floor: float = -6.0
+    floor: float = -5.0
     relearning_steps: int = 5
     relearning_floor: float = -4.5
     max_change: float = 0.05

@@ -2,11 +2,11 @@
 
     python -m bench.quality [--small] [--ablate] [--methods cir npo ...] [--seeds 0 1 2] [--budgets 0.001 0.003]
                             [--relearn T.jsonl --probe V.jsonl] [--neighbours N.jsonl] [--retain R.txt]
-                            [--contrast C.jsonl] [--disruption D.txt] [--model M] [--same-subject S.jsonl]
+                            [--forget F.jsonl] [--contrast C.jsonl] [--disruption D.txt] [--model M] [--same-subject S.jsonl]
                             [--gold G] [--out bench/results] [--report]
 
-Both splits are forgotten, T and V, and cir is told that C must stay, or N where there is no C. Every attacker then
-trains on T, and recall of V tells what comes back. Of each baseline the best rate is found on the first seed: that
+Both splits are forgotten, T and V, or F where that is given; cir is told that C must stay. Every attacker then trains
+on T, and recall of V tells what comes back. Of each baseline the best rate is found on the first seed: that
 which forgets most inside the budget, the last epoch's change scaled back along its line where it oversteps. As
 baselines train on the retain text, the loss on text of its kind falls whatever they harm: they are held to the budget
 in KL as well, in units of the original loss. A row is written as soon as it is measured, and one that is in --out

@@ -26,7 +26,8 @@ def main() -> None:
     parser.add_argument("--relearn", default=str(DATA / "demo_related.jsonl"))
     parser.add_argument("--probe", default=str(DATA / "demo_forget.jsonl"))
     parser.add_argument("--neighbours", default=str(DATA / "demo_neighbours.jsonl"))
-    parser.add_argument("--contrast", help="facts of which cir is told that they must stay; default: --neighbours")
+    parser.add_argument("--forget", help="facts; default: those of --relearn and --probe")
+    parser.add_argument("--contrast", help="facts of which cir is told that they must stay")
     parser.add_argument("--same-subject", help="facts: other relations of the same subjects, which must stay")
     parser.add_argument("--gold", help="a model that never knew the facts, with which each is compared")
     parser.add_argument("--retain", help="text; default: the built-in one, of which a third measures disruption")
@@ -62,6 +63,7 @@ def main() -> None:
         thorough=not arguments.small,
         same_subject=load_facts(arguments.same_subject) if arguments.same_subject else [],
         contrast=load_facts(arguments.contrast) if arguments.contrast else [],
+        forget=load_facts(arguments.forget) if arguments.forget else [],
         gold=arguments.gold,
     )
     check_apart(task.relearn, task.probe)

@@ -39,12 +39,13 @@ class Task:
     """What is to be forgotten and measured, and on which text.
 
     Attributes:
-        relearn, probe: to be forgotten; attackers are taught the first (T), and the second is probed (V).
+        relearn, probe: attackers are taught the first (T), and the second is probed (V).
+        forget: to be forgotten; both of these by default.
         neighbours, same_subject, unrelated: must stay: the same relations of other subjects, other relations of the
             same subjects, and neither.
         tokens: of ``disruption`` that are measured. attacks: names out of ``relearnings``.
         thorough: try every rate of a baseline.
-        contrast: what a method that can be told so is told must stay; see :attr:`told`.
+        contrast: what a method that can be told so is told must stay.
         gold: a model that never knew ``relearn`` and ``probe``, to be compared with.
         wrong: answers that are wrong, by the id of a probed fact, for the truth ratio.
     """
@@ -60,6 +61,7 @@ class Task:
     same_subject: list[Fact] = field(default_factory=list)
     unrelated: list[Fact] = field(default_factory=list)
     contrast: list[Fact] = field(default_factory=list)
+    forget: list[Fact] = field(default_factory=list)
     gold: str | None = None
     relearnings: Mapping[str, Relearning] = field(default_factory=lambda: RELEARNINGS)
     wrong: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -69,13 +71,8 @@ class Task:
         return MAX_EPOCHS if self.thorough else 2
 
     @property
-    def told(self) -> list[Fact]:
-        """What must stay and is given; where nothing is, the neighbours, whose recall is then not of facts unseen."""
-        return self.contrast or self.neighbours
-
-    @property
     def facts(self) -> list[Fact]:
-        return [*self.probe, *self.relearn]
+        return self.forget or [*self.probe, *self.relearn]
 
 
 Histories = dict[str, list[dict[str, float]]]
@@ -234,7 +231,7 @@ class Bench:
             "recall_relearn_split": mean_recall(self.recall(task.relearn)),
             **{
                 name: mean_recall(self.recall(facts))
-                for name in ("neighbours", "same_subject", "unrelated")
+                for name in ("neighbours", "same_subject", "unrelated", "contrast")
                 if (facts := getattr(task, name))
             },
             "attacked": {name: max(history[1:]) for name, history in relearned.items()},

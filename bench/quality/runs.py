@@ -42,7 +42,7 @@ def untouched(bench: Bench, rows: Rows) -> None:
 
 def run(bench: Bench, rows: Rows, config: CIRConfig | BreakingConfig, contrast: bool = True, **key: Any) -> None:
     """The row of ``key``, of a run by :func:`cir.unlearn`; the paper's way cannot be told what must stay."""
-    told = bench.task.told if contrast and isinstance(config, CIRConfig) else []
+    told = bench.task.contrast if contrast and isinstance(config, CIRConfig) else []
     config = replace(config, disruption_tokens=bench.task.tokens)
     if isinstance(config, BreakingConfig):
         config = replace(config, max_epochs=bench.task.epochs)

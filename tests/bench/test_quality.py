@@ -57,7 +57,7 @@ def test_every_method_ends_inside_the_budget_and_no_row_is_measured_twice(bench,
     # With two rates, of which every other is tried: one search.
     ours = [("run", "cir"), ("run", "repselect")]
     assert kinds == [*ours, ("search", "graddiff"), ("run", "graddiff"), ("run", "untouched")]
-    assert [row["contrast"] for row in written[:2]] == [hash_facts(TASK.neighbours)[:12], None]
+    assert [row["contrast"] for row in written[:2]] == [None, None]
     assert len(capsys.readouterr().out.splitlines()) == 5
     for row in written[:2] + written[3:4]:
         assert row["rise"] + row["rise_stderr"] <= 0.5
