@@ -183,11 +183,10 @@ def fitted(
 def _text_tokens(tape: AnswerCapture, batch: Batch, gradients: bool) -> Tokens:
     """Inputs of all tokens but the last of each row, and gradients of the log-probabilities of those after them."""
     at = batch.predicting(0).nonzero().squeeze(1)
-    below = tape.below(batch)
     if not gradients:
         with torch.no_grad():
-            return tape.predict(below, at)[1].tokens
-    logits, hidden = tape.predict(below, at)
+            return tape.forward(batch, at).tokens
+    logits, hidden = tape.predict(tape.below(batch), at)
     following = batch.input_ids[batch.attention_mask].roll(-1)[at].to(logits.device)
     return tape.backward(-F.cross_entropy(logits, following, reduction="sum"), hidden)
 

@@ -52,7 +52,7 @@ def test_a_sign_step_moves_every_weight_by_as_much_on_average(dtype):
     for target, weight in zip(targets, before, strict=True):
         signs = oracle.outer_sum(tokens[target.gradient.name], tokens[target.activation.name]).sign()
         moved = (target.linear.weight.double() - weight.double()) * signs / weight.double().square().mean().sqrt()
-        assert float(moved.mean()) == pytest.approx(1e-3, rel=0.4 if dtype == torch.bfloat16 else 0.02)
+        assert moved.mean().item() == pytest.approx(1e-3, rel=0.4 if dtype == torch.bfloat16 else 0.02)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
