@@ -50,8 +50,8 @@ class CIRConfig:
         layers: of the model that are updated, from the top: a share of its depth.
         dose: by how many nats a step is to lower the log-odds of each fact's answers, to first order.
         floor: log-odds at which an answer counts as gone.
-        relearning_steps: relearn a part of the facts in so many steps, and step along what the others come back by,
-            from when most are gone on; 0 for never. Where there is but one fact, there is nothing to relearn from.
+        relearning_steps: relearn a part of the facts in so many steps, and step along what the others come back by;
+            0 for none. Where there is but one fact, there is nothing to relearn from.
         relearning_floor: log-odds at which an answer counts as gone after that.
         max_change: of a fact, the Frobenius norm of one step over that of all weights updated, at most.
         ridge_activation, ridge_gradient: m of the soft collapse, in mean eigenvalues of what is collapsed: directions
@@ -84,7 +84,7 @@ class CIRConfig:
     ridge_activation: float = 3e-3
     ridge_gradient: float = 1e-2
     contrast_weight: float = 10.0
-    text_weight: float = 1.0
+    text_weight: float = 0.1
     rank: float = 1.0
     rounding: str = "stochastic"
     batch_size: int = 64

@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--gold", help="a model that never knew the facts, with which each is compared")
     parser.add_argument("--retain", help="text; default: the built-in one, of which a third measures disruption")
     parser.add_argument("--disruption", help="text; needs --retain")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *BASELINES], default=[*METHODS, *BASELINES])
+    every = ["untouched", *METHODS, *BASELINES]
+    parser.add_argument("--methods", nargs="+", choices=every, default=every)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=float, nargs="+", help="default: 0.001 0.003; 0.01 if --small")
     parser.add_argument("--tokens", type=int, default=32768, help="of the disruption text")
@@ -83,8 +84,10 @@ def main() -> None:
         if arguments.ablate:
             ablate(model, rows, budgets[-1], arguments.seeds)
         else:
-            untouched(model, rows)
-            compare(model, rows, arguments.methods, budgets, arguments.seeds)
+            if "untouched" in arguments.methods:
+                untouched(model, rows)
+            methods = [name for name in arguments.methods if name != "untouched"]
+            compare(model, rows, methods, budgets, arguments.seeds)
     report(rows.found, arguments.out / "quality.html")
 
 

@@ -129,8 +129,7 @@ class Forgetter:
         if not torch.isfinite(rows.odds).all():
             raise NonFiniteError(f"expected finite log-odds, got a mean of {mean}; no weight was changed")
         live = rows.odds > floor
-        # While most are not gone, there is no need to ask which would come back.
-        if config.relearning_steps and len(parts) > 1 and float(live.float().mean()) < 0.5:
+        if config.relearning_steps and len(parts) > 1:
             back = self._returning(parts)
             rows, live = _replaced(read, back, floor, config.relearning_floor)
         count = int(live.sum())
