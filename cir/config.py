@@ -49,7 +49,7 @@ class CIRConfig:
     Attributes:
         layers: of the model that are updated, from the top: a share of its depth.
         dose: by how many nats a step is to lower the log-odds of each fact's answers, to first order.
-        floor: log-odds at which an answer counts as gone.
+        floor: log-odds at which an answer counts as gone, if it fell by two nats.
         relearning_steps: relearn a part of the facts in so many steps, and step along what the others come back by;
             0 for none. Where there is but one fact, there is nothing to relearn from.
         relearning_floor: log-odds at which an answer counts as gone after that.
@@ -77,7 +77,7 @@ class CIRConfig:
 
     layers: float = 0.3
     dose: float = 1.0
-    floor: float = -5.0
+    floor: float = -4.0
     relearning_steps: int = 5
     relearning_floor: float = -4.5
     max_change: float = 0.05

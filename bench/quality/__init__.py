@@ -2,8 +2,8 @@
 
     python -m bench.quality [--small] [--ablate] [--methods cir npo ...] [--seeds 0 1 2] [--budgets 0.001 0.003]
                             [--relearn T.jsonl --probe V.jsonl] [--neighbours N.jsonl] [--retain R.txt]
-                            [--forget F.jsonl] [--contrast C.jsonl] [--disruption D.txt] [--model M] [--same-subject S.jsonl]
-                            [--gold G] [--out bench/results] [--report]
+                            [--disruption D.txt] [--forget F.jsonl] [--contrast C.jsonl] [--same-subject S.jsonl]
+                            [--model M] [--gold G] [--out bench/results] [--report]
 
 Both splits are forgotten, T and V, or F where that is given; cir is told that C must stay. Every attacker then trains
 on T, and recall of V tells what comes back. Of each baseline the best rate is found on the first seed: that

@@ -118,7 +118,7 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument("--target-recall", type=float, help="stop as soon as mean recall is this low")
     command.add_argument("--contrast", metavar="FACTS", help=CONTRAST_HELP)
     command.add_argument("--subspaces", metavar="FILE", help="of `cir fit`, in place of --contrast")
-    command.add_argument("--floor", type=float, help="log-odds at which an answer is gone (default: -5)")
+    command.add_argument("--floor", type=float, help="log-odds at which an answer is gone (default: -4)")
     command.add_argument("--max-steps", type=int, help="steps at most (default: 40)")
     command.add_argument(
         "--worst-window", type=float, help="highest rise of the loss of one window, in nats a token (default: 0.05)"

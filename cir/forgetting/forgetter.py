@@ -21,6 +21,8 @@ from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, sig
 from cir.model.capture import AnswerCapture, Tokens
 from cir.model.sites import Target, sites_of
 
+LEAST_FALL = 2.0
+"""Nats by which an answer has to fall that was not likely to begin with."""
 PARTS = 4
 """Of the facts of a step: half of them are relearned, and the others are asked whether they come back."""
 RELEARNING_RATE = 1e-3
@@ -68,6 +70,7 @@ class Forgetter:
         self._spare: list[Tensor] | None = None
         self._steps_left = config.max_steps
         self._left: dict[int, set[int]] = {}
+        self._before: dict[int, Tensor] = {}
         order = list(range(len(facts)))
         self._random.shuffle(order)
 
@@ -122,16 +125,17 @@ class Forgetter:
             NonFiniteError: on a NaN or infinity.
         """
         config, parts = self._config, self._batches[number]
-        floor = config.floor if floor is None else floor
         read = [self._read(part) for part in parts]
         rows = joined(read)
         mean = float(rows.odds.mean())
         if not torch.isfinite(rows.odds).all():
             raise NonFiniteError(f"expected finite log-odds, got a mean of {mean}; no weight was changed")
-        live = rows.odds > floor
+        before = self._before.setdefault(number, rows.odds)
+        floors = (before - LEAST_FALL).clamp_max(config.floor if floor is None else floor)
+        live = rows.odds > floors
         if config.relearning_steps and len(parts) > 1:
             back = self._returning(parts)
-            rows, live = _replaced(read, back, floor, config.relearning_floor)
+            rows, live = _replaced(read, back, floors, config.relearning_floor)
         count = int(live.sum())
         self._left[number] = set(rows.owners[live].tolist())
         if not count:
@@ -228,7 +232,7 @@ def _gram(targets: Sequence[Target], left: Tokens, right: Tokens) -> Tensor:
     return total
 
 
-def _replaced(read: Sequence[Rows], back: Sequence[Rows], floor: float, returned: float) -> tuple[Rows, Tensor]:
+def _replaced(read: Sequence[Rows], back: Sequence[Rows], floors: Tensor, returned: float) -> tuple[Rows, Tensor]:
     """Of each row the one that came back, where it did, and whether it is not gone."""
     now, then = joined(read), joined(back)
     returns = then.odds > returned
@@ -236,7 +240,7 @@ def _replaced(read: Sequence[Rows], back: Sequence[Rows], floor: float, returned
         name: torch.where(returns[:, None].to(rows.device), then.tokens[name], rows)
         for name, rows in now.tokens.items()
     }
-    return Rows(now.owners, now.odds, tokens), returns | (now.odds > floor)
+    return Rows(now.owners, now.odds, tokens), returns | (now.odds > floors)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from bench.quality.rows import Rows
 from bench.quality.runs import ABLATIONS, ablate, compare, untouched
 from cir import CIRConfig
 from cir.data.facts import load_facts
-from cir.forgetting.report import Measure, hash_facts
+from cir.forgetting.report import Measure
 from cir.measures import mean_recall
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
 

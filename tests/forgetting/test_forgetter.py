@@ -18,10 +18,10 @@ from cir.measures import recall
 from cir.model.capture import answering
 from cir.model.sites import find_stack
 from tests import oracle
-from tests.tiny import facts, knowing_llama, word_tokenizer
+from tests.tiny import facts, knowing_llama, tiny_llama, word_tokenizer
 
 FACTS = load_facts(facts(12))
-CONFIG = CIRConfig(max_change=1.0, text_weight=0.0)
+CONFIG = CIRConfig(floor=-6.0, max_change=1.0, text_weight=0.0)
 FIRST = 2
 NOTHING = SiteSubspaces({}, "ridge")
 
@@ -145,6 +145,20 @@ def test_facts_that_are_gone_leave_the_step(opened):
         forgetter.apply(step)
     assert forgetter.epoch().gone
     assert float(read(tape, tokenizer, FACTS[:2]).odds.max()) <= CONFIG.floor
+
+
+def test_what_was_hardly_known_falls_too(tokenizer):
+    model = tiny_llama()
+    stack = find_stack(model)
+    with answering(model, stack, FIRST) as tape:
+        targets = stack.writers(FIRST)
+        before = read(tape, tokenizer, FACTS[:2]).odds
+        assert float(before.max()) < -3
+        config = replace(CONFIG, floor=-1.0, relearning_steps=0, check_every=40)
+        forgetter = Forgetter(tape, targets, tokenizer, FACTS[:2], NOTHING, config)
+        assert forgetter.epoch().gone
+        after = read(tape, tokenizer, FACTS[:2]).odds
+    assert float((after - before).max()) <= -2
 
 
 def test_relearning_is_undone_and_makes_forgetting_hold(opened):

@@ -22,7 +22,7 @@ from tests.tiny import TEXT, facts, knowing_llama, tiny_llama
 
 FACTS = load_facts(facts(12))
 GO, STAY = FACTS[:4], FACTS[6:]
-CONFIG = CIRConfig(layers=0.5, budget=9.0, worst_window=9.0, relearning_steps=0, max_steps=20)
+CONFIG = CIRConfig(layers=0.5, budget=9.0, worst_window=9.0, floor=-6.0, relearning_steps=0, max_steps=20)
 
 
 @pytest.fixture
