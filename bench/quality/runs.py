@@ -22,7 +22,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no gradients of text": {"text_weight": 0.0},
     "no relearning": {"relearning_steps": 0},
     "lower floor of relearning": {"relearning_floor": -6.0},
-    "floor of -4": {"floor": -4.0},
+    "floor of -6": {"floor": -6.0},
     "floor of -8": {"floor": -8.0},
     "dose of 2": {"dose": 2.0},
     "ridges x 10": {"ridge_activation": 3e-2, "ridge_gradient": 1e-1},
