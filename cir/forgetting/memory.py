@@ -59,17 +59,20 @@ class Need:
 
 def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], config: CIRConfig) -> Need:
     """What :func:`cir.unlearn` takes, by counting: bases, the moments that they are solved from and, without a GPU,
-    copies of the updated weights; the rows of a step's tokens, twice, at about four sentences a fact.
+    copies of the updated and of the relearned weights; the rows of a step's tokens, twice, at about four sentences a
+    fact.
     """
     sites = sites_of(targets)
     ranks = {site: rank_at(site, config.rank) for site in sites}
     size = targets[0].linear.weight.element_size()
     vocabulary = model.config.get_text_config().vocab_size
     held = sum(4 * rank * (site.width + rank) for site, rank in ranks.items()) + _moments(ranks)
-    if model.device.type != "cuda":
-        held += (4 if config.full_check else 3) * sum(target.linear.weight.nbytes for target in targets)
     hidden, inner = sorted(stack.mlps[0].targets[0].linear.weight.shape)
     depth = len(targets) // 2
+    if model.device.type != "cuda":
+        held += (3 if config.full_check else 2) * sum(target.linear.weight.nbytes for target in targets)
+        held += sum(target.linear.weight.nbytes for mlp in stack.mlps[-depth:] for target in mlp.targets)
+    held += 3 * 4 * hidden * inner  # a weight, its gradient and what it becomes, in float32, where it is relearned
     return Need(
         held=held,
         rows=2 * 4 * config.batch_size * size * sum(site.width for site in sites),

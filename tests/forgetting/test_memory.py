@@ -9,7 +9,7 @@ import cir
 from cir.forgetting import memory
 from cir.forgetting.batches import fact_batches, text_batches
 from cir.forgetting.breaking import Breaker
-from cir.forgetting.memory import Need, needed, settle
+from cir.forgetting.memory import Need, needed, needed_to_forget, settle
 from cir.forgetting.subspace import SubspaceStream
 from cir.model.capture import capture
 from cir.model.sites import find_stack, sites_of
@@ -63,6 +63,17 @@ def test_bases_and_moments_are_foreseen(model):
     bases = sum(subspace.basis.nbytes for subspace in stream.solve().values())
     weights = sum(target.linear.weight.nbytes for target in stack.targets(config.last_updated(4)))
     assert need.held == moments + bases + 2 * weights
+
+
+def test_the_bases_of_late_layers_and_the_copies_are_foreseen(model, tokenizer):
+    stack, config = find_stack(model), cir.CIRConfig(layers=0.5, retain_tokens=256)
+    targets = stack.writers(2)
+    need = needed_to_forget(model, stack, targets, config)
+    fitted = cir.Subspaces.fit(model, tokenizer, TEXT, facts()[:2], config=config, progress=False)
+    bases = sum(x.nbytes for subspace in fitted.values() for x in (subspace.basis, subspace.mixer))
+    relearned = sum(target.linear.weight.nbytes for mlp in stack.mlps[2:] for target in mlp.targets)
+    copies = 2 * sum(target.linear.weight.nbytes for target in targets) + relearned
+    assert bases + copies < need.held < 3 * (bases + copies)
 
 
 def test_fewer_tokens_at_once_where_memory_is_short_and_an_error_where_none_is_enough():
