@@ -78,13 +78,13 @@ class CIRConfig:
     layers: float = 0.3
     dose: float = 1.0
     floor: float = -4.0
-    relearning_steps: int = 5
-    relearning_floor: float = -4.5
+    relearning_steps: int = 3
+    relearning_floor: float = -4.0
     max_change: float = 0.05
     ridge_activation: float = 3e-3
     ridge_gradient: float = 1e-2
     contrast_weight: float = 10.0
-    text_weight: float = 0.1
+    text_weight: float = 1.0
     rank: float = 1.0
     rounding: str = "stochastic"
     batch_size: int = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 DATA = Path(__file__).parent
-"""Holds ``neutral.txt`` and the demo's facts, ``demo_{forget,related,neighbours}.jsonl``."""
+"""Holds ``neutral.txt`` and the demo's facts, ``demo_{forget,related,contrast,neighbours}.jsonl``."""
 
 
 def builtin_text() -> str:

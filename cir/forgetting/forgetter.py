@@ -25,7 +25,7 @@ LEAST_FALL = 2.0
 """Nats by which an answer has to fall that was not likely to begin with."""
 PARTS = 4
 """Of the facts of a step: half of them are relearned, and the others are asked whether they come back."""
-RELEARNING_RATE = 1e-3
+RELEARNING_RATE = 1.5e-3
 """Length of a step of relearning, at each weight, over the root mean square of the weights of its linear."""
 
 
