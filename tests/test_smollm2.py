@@ -43,8 +43,8 @@ class Run:
 
 RUNS = {
     "small": Run(
-        CIRConfig(disruption_tokens=2048, retain_tokens=2048),
-        related=12,
+        CIRConfig(disruption_tokens=1024, retain_tokens=1024, max_steps=10),
+        related=8,
         attack_epochs=3,
         recall=0.02,
         attacked=0.03,
@@ -159,7 +159,7 @@ def test_the_built_in_facts_are_known_and_their_neighbours_too(original):
 @pytest.mark.parametrize(
     ("names", "config", "tokens"),
     [
-        (["denmark"], CIRConfig(retain_tokens=2048), 2048),
+        (["denmark"], CIRConfig(retain_tokens=1024), 1024),
         pytest.param(["denmark", "vietnam", "wales"], None, 4096, marks=quality),
     ],
 )
