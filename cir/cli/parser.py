@@ -91,8 +91,7 @@ def _add_demo(commands: Any) -> None:
         "demo",
         help="watch a small model forget capitals",
         description="SmolLM2-135M forgets the capitals of 28 countries; then an attacker tries to bring back six "
-        "by training on the other 22. Shows what it knew, knows and relearns, and what was kept, of which nothing was "
-        "given to it: 24 other facts were.",
+        "by training on the other 22. Shows what it knew, knows and relearns, and what was kept.",
     )
     command.add_argument("--out", default="cir-demo", help="folder for plot and report (default: %(default)s)")
     command.add_argument("--model", help=f"{MODEL_HELP}; by default SmolLM2-135M")
