@@ -54,7 +54,7 @@ RUNS = {
         related=None,
         attack_epochs=6,
         recall=0.01,
-        attacked=0.05,
+        attacked=0.10,
     ),
 }
 
