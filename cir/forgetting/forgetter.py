@@ -83,10 +83,6 @@ class Forgetter:
         with phase("read facts"):
             self._batches = [[asked(batch[i::PARTS]) for i in range(min(PARTS, len(batch)))] for batch in batches]
 
-    @property
-    def batches(self) -> int:
-        return len(self._batches)
-
     def epoch(
         self,
         on_step: Callable[[], object] = lambda: None,

@@ -207,7 +207,7 @@ def test_many_facts_are_forgotten_batch_by_batch(opened):
     model, tokenizer, targets, tape = opened
     config = replace(CONFIG, batch_size=3, relearning_steps=0, check_every=30)
     forgetter = Forgetter(tape, targets, tokenizer, FACTS[:7], NOTHING, config)
-    assert forgetter.batches == 3
+    assert len(forgetter._batches) == 3
     calls = []
     losses = forgetter.epoch(lambda: calls.append(1))
     assert losses.gone
