@@ -42,12 +42,18 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
+LAYERS = 0.3
+"""Of a model's depth, what is updated where it cannot be told where the facts are."""
+
+
 @dataclass(frozen=True)
 class CIRConfig:
     """How to forget facts, see docs/method.md; nothing is in units of one model.
 
     Attributes:
-        layers: of the model that are updated, from the top: a share of its depth.
+        layers: of the model that are updated, from the top: a share of its depth. None for those from the layer on in
+            which the facts' subjects and answers come together, as :func:`cir.forgetting.locate.pair_layer` finds it;
+            0.3 where that cannot be told.
         dose: by how many nats a step is to lower the log-odds of each fact's answers, to first order.
         floor: log-odds at which an answer counts as gone, if it fell by two nats.
         relearning_steps: relearn a part of the facts in so many steps, and step along what the others come back by;
@@ -75,7 +81,7 @@ class CIRConfig:
         seed: of every random choice.
     """
 
-    layers: float = 0.3
+    layers: float | None = None
     dose: float = 1.0
     floor: float = -4.0
     relearning_steps: int = 3
@@ -101,7 +107,8 @@ class CIRConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(0 < self.layers <= 1, "layers", "a share of the depth, above 0 and at most 1", self.layers)
+        share = self.layers
+        _require(share is None or 0 < share <= 1, "layers", "a share of the depth, above 0 and at most 1", share)
         for name in ("dose", "max_change", "ridge_activation", "ridge_gradient", "budget", "worst_window"):
             value = getattr(self, name)
             _require(value > 0 and math.isfinite(value), name, "a positive number", value)
@@ -119,7 +126,7 @@ class CIRConfig:
 
     def first_layer(self, depth: int) -> int:
         """The lowest layer whose weights change."""
-        return depth - max(1, round(self.layers * depth))
+        return depth - max(1, round((self.layers or LAYERS) * depth))
 
     check_rounding = _check_rounding
 

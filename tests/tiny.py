@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -69,6 +70,19 @@ def facts(count: int = 6) -> list[dict[str, Any]]:
 def knowing_llama(dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
     """A tiny Llama that knows the first twelve facts: probabilities of about 0.99."""
     return taught(tiny_llama(**sizes), word_tokenizer(), facts(12)).to(dtype)
+
+
+def deepened(model: Any, count: int) -> Any:
+    """``model`` with ``count`` further layers below its own, which change nothing."""
+    for _ in range(count):
+        layer = copy.deepcopy(model.model.layers[0])
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+        model.model.layers.insert(0, layer)
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number
+    model.config.num_hidden_layers = len(model.model.layers)
+    return model
 
 
 def taught(model: Any, tokenizer: Any, known: Any, steps: int = 60) -> Any:

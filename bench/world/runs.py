@@ -37,11 +37,9 @@ class Method:
     config: CIRConfig | BreakingConfig | EditConfig | None = None
 
 
-LAYERS = 1.0
-"""Of a model as shallow as these, each layer has to do with facts."""
 _RANKS = {"rank_activation": 12, "rank_gradient": 18}
 METHODS: dict[str, Method] = {
-    "cir": Method((-4.0, -6.0, -8.0), CIRConfig(layers=LAYERS)),
+    "cir": Method((-4.0, -6.0, -8.0), CIRConfig()),
     "paper": Method((0.3, 1.0, 3.0), replace(CIRConfig.paper(), retain_rate=0.003, retain_batch_size=4, **_RANKS)),
     "repselect": Method((0.1, 0.3, 1.0), replace(CIRConfig.repselect(), **_RANKS)),
     "editor": Method((0.5, 1.0), EditConfig()),
@@ -97,7 +95,7 @@ def edit(bench: Bench, config: EditConfig, budget: float, seed: int) -> Outcome:
     started, task = time.perf_counter(), bench.task
     steps: list[tuple[float, float]] = []
     with bench.restored():
-        fit = CIRConfig(layers=LAYERS, seed=seed)
+        fit = CIRConfig(seed=seed)
         subspaces = Subspaces.fit(
             bench.model, bench.tokenizer, task.retain, task.contrast, config=fit, progress=False
         )

@@ -81,6 +81,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     if before.mean_recall is not None and after.mean_recall is not None:
         print(f"recall     {before.mean_recall:.3f} -> {after.mean_recall:.3f}")
     print(f"text loss  {before.loss:.4f} -> {after.loss:.4f} ({after.rise:+.2%}, budget {config.budget:+.2%})")
+    print(f"layers     {report.layers[0]} to {report.layers[1]} changed")
     print(f"stopped    {report.stopped}, after {report.seconds['total']:.0f} s")
     print(f"written    {out}")
     return INTERRUPTED if report.stopped == "interrupted" else 0

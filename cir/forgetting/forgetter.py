@@ -83,6 +83,11 @@ class Forgetter:
         with phase("read facts"):
             self._batches = [[asked(batch[i::PARTS]) for i in range(min(PARTS, len(batch)))] for batch in batches]
 
+    @property
+    def asked(self) -> list[Questions]:
+        """What is asked of all facts."""
+        return [asked for batch in self._batches for part in batch for asked in part]
+
     def epoch(
         self,
         on_step: Callable[[], object] = lambda: None,

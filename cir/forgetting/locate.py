@@ -1,11 +1,13 @@
-"""Where facts live: what recall is left as one kind of module says, at one place, the same of every fact."""
+"""Where facts live: what recall is left as one kind of module says the same of every fact, and the layer in which a
+subject and what is said of it come together.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,23 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cir.config import CIRConfig
 from cir.data.facts import Fact, load_facts
+from cir.forgetting.questions import Questions, questions
 from cir.measures import mean_recall, recall
-from cir.model.capture import frozen
+from cir.model.capture import AnswerCapture, frozen
 from cir.model.sites import Stack, find_stack
 
 KINDS = ("mlp", "attention")
 PLACES = ("subject", "last")
+ASKED = 32
+"""Sentences that are asked where facts come together, at most."""
+SMALLEST_SHARE = 0.2
+"""Of recall, lost as answers' states are interchanged: where less is, they do not tell facts apart."""
+STILL = 0.8
+"""Of that loss, what interchanging below a layer may spare at least, for the pair to be made in it or above."""
+ALIKE = 0.5
+"""Of the words of two sentences, those in both, for one to be interchanged with the other."""
 Hook = Callable[[tuple[str, int], Tensor, Tensor], Tensor | None]
 """Given kind and layer, a module's output (B, L, D), and the places (2, B) of :data:`PLACES` in each row."""
 
@@ -186,4 +198,102 @@ def _hooked(
         undo.callback(model.register_forward_pre_hook(find, with_kwargs=True).remove)
         for key, module in modules.items():
             undo.callback(module.register_forward_hook(seen(key)).remove)
+        yield
+
+
+def located(model: Any, tokenizer: Any, facts: Sequence[Fact], config: CIRConfig) -> CIRConfig:
+    """``config`` with ``layers`` where the model at hand has ``facts``, unless it says so itself.
+
+    That is from the layer of :func:`pair_layer` on; where that cannot be told, ``config`` as it is.
+    """
+    if config.layers is not None:
+        return config
+    depth = len(find_stack(model).mlps)
+    first = pair_layer(model, tokenizer, facts, max_length=config.max_length)
+    return config if first is None else replace(config, layers=(depth - first) / depth)
+
+
+@torch.no_grad()
+def pair_layer(model: Any, tokenizer: Any, facts: Sequence[Fact], *, max_length: int = 128) -> int | None:
+    """The layer in which what tells ``facts`` apart reaches the token that predicts the answer; nothing is changed.
+
+    By interchange intervention (arXiv 2106.02997): before a layer, the state of that token is put in the place of
+    another fact's, of the sentence most alike with another answer after the same token. Below the layer asked for,
+    answers hardly change, as the state tells of the relation alone; above, they become the other's. The highest layer
+    before which answers still stay is found by halving, in about log2(depth) forwards of at most :data:`ASKED`
+    sentences.
+
+    Returns:
+        The number of the layer; None where no two facts can be interchanged, or answers do not depend on that state.
+
+    Raises:
+        ValueError: on a sentence of more than ``max_length`` tokens or of one.
+    """
+    stack = find_stack(model)
+    facts = facts[:: -(-len(facts) // ASKED) or 1]
+    if len(facts) < 2:
+        return None
+    chosen = [replace(fact, sentences=fact.sentences[: ASKED // len(facts)]) for fact in facts]
+    with frozen(model):
+        tape = AnswerCapture(model, stack, 0)
+        at_once = ASKED * max_length  # so that all are in one forward
+        (asked,) = questions(tape, tokenizer, chosen, model.device, max_length=max_length, at_once=at_once)
+        rows, others = _interchangeable(asked)
+        if not len(rows):
+            return None
+        places = asked.below.places[asked.at]
+
+        def recalled(layer: int) -> float:
+            with _interchanged(stack, layer, places[rows], places[others]):
+                return float(asked.odds(tape)[rows].sigmoid().mean())
+
+        first, last = 0, len(stack.mlps) - 1
+        known, left = recalled(first), recalled(last)
+        if known - left < SMALLEST_SHARE * known:
+            return None
+        while last - first > 1:
+            middle = (first + last) // 2
+            if recalled(middle) >= left + STILL * (known - left):
+                first = middle
+            else:
+                last = middle
+    return first
+
+
+def _interchangeable(asked: Questions) -> tuple[Tensor, Tensor]:
+    """Rows of ``asked``, and for each the one of the sentence most alike with another answer after the same token."""
+    inputs, ends = asked.below.inputs, asked.below.places[asked.at].tolist()
+    ids = inputs["input_ids"].flatten().tolist()
+    columns = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"])
+    positions = inputs.get("position_ids", columns).flatten().tolist()
+    read = [set(ids[end - positions[end] : end + 1]) for end in ends]
+    rows, others = [], []
+    for row, (own, answer) in enumerate(zip(read, asked.answers.tolist(), strict=True)):
+        alike = {
+            other: len(own & read[other]) / len(own | read[other])
+            for other, its in enumerate(asked.answers.tolist())
+            if its != answer and ids[ends[other]] == ids[ends[row]] and asked.owners[other] != asked.owners[row]
+        }
+        best = max(alike, key=alike.__getitem__, default=None)
+        if best is not None and alike[best] >= ALIKE:
+            rows.append(row)
+            others.append(best)
+    device = asked.at.device
+    return torch.tensor(rows, device=device, dtype=torch.long), torch.tensor(others, device=device, dtype=torch.long)
+
+
+@contextmanager
+def _interchanged(stack: Stack, layer: int, rows: Tensor, others: Tensor) -> Iterator[None]:
+    """Before ``layer``, the states of the tokens ``rows`` of the flattened forward are those of ``others``."""
+
+    def swap(module: nn.Module, args: Any, output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        flat = states.flatten(0, -2).clone()
+        flat[rows.to(flat.device)] = states.flatten(0, -2)[others.to(flat.device)]
+        flat = flat.view_as(states)
+        return (flat, *output[1:]) if isinstance(output, tuple) else flat
+
+    with ExitStack() as undo:
+        if layer:  # the tokens themselves are the same
+            undo.callback(stack.layers[layer - 1].register_forward_hook(swap).remove)
         yield

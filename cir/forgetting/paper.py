@@ -55,4 +55,6 @@ def plan_breaking(
 
     steps = (config.max_epochs + 1) * len(batches) + (len(retain_batches) if config.retain_rate else 0)
     waiting = ", the upper ones of which wait on the host" if offloads else ""
-    return Plan(targets, disruption_rows, config.max_epochs, config.rate, steps, need.peak, waiting, opened)
+    updated = range(config.last_updated(len(stack.mlps)) + 1)
+    epochs, rate = config.max_epochs, config.rate
+    return Plan(targets, updated, disruption_rows, epochs, rate, steps, need.peak, waiting, opened)

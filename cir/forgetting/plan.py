@@ -40,13 +40,15 @@ class Plan:
     """Epochs of steps on one model, all that could be checked beforehand checked.
 
     Attributes:
-        targets: linears whose weights change. disruption: windows (N, L) of text on which harm is measured.
+        targets: linears whose weights change. layers: those that have them.
+        disruption: windows (N, L) of text on which harm is measured.
         epochs: at most. rate: of an epoch's steps, for the report. steps: in all, with those that only fit.
         memory: bytes of the device needed beyond the weights. waiting: what to say of weights that are not there.
         opened: given what to call after each step and when to stop, captures the model.
     """
 
     targets: Sequence[Target]
+    layers: range
     disruption: Tensor
     epochs: int
     rate: float

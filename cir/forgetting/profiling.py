@@ -17,6 +17,7 @@ from cir.config import BreakingConfig, CIRConfig
 from cir.data.facts import Fact, load_facts
 from cir.data.tokens import statements
 from cir.forgetting.batches import fact_batches
+from cir.forgetting.locate import located
 from cir.forgetting.report import peak_memory
 from cir.forgetting.unlearn import unlearn
 from cir.forgetting.update import PHASE, restore, snapshot
@@ -115,6 +116,7 @@ def profile(
     if isinstance(config, BreakingConfig):
         targets = stack.targets(config.last_updated(len(stack.mlps)))
     else:
+        config = located(model, tokenizer, facts, config)
         targets = stack.writers(config.first_layer(len(stack.mlps)))
     before = snapshot(targets)
     texts: dict[str, Any] = {"retain": retain, "disruption": disruption, "progress": False}

@@ -66,7 +66,8 @@ class Epoch:
 
 @dataclass
 class Report:
-    """The outcome of :func:`cir.unlearn`. ``stopped`` says why it ended; ``after`` is the model returned.
+    """The outcome of :func:`cir.unlearn`. ``stopped`` says why it ended; ``after`` is the model returned. ``layers``
+    are the first and the last of which weights change.
 
     ``unforgotten`` names facts some answer of which was not down to the floor, or would have come back, at the last
     step that was taken: where the collapse leaves little of a fact, it is not to be forgotten within the bounds.
@@ -79,6 +80,7 @@ class Report:
     facts_hash: str
     before: Measure
     after: Measure
+    layers: tuple[int, int] = (0, 0)
     epochs: list[Epoch] = field(default_factory=list)
     stopped: str = ""
     unknown: list[str] = field(default_factory=list)

@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,19 @@ from tqdm.auto import tqdm
 
 from cir.config import BreakingConfig, CIRConfig
 from cir.data.facts import Fact, check_contrast, leaking, load_facts
+from cir.data.shipped import builtin_contrast
 from cir.forgetting.batches import chosen, split_text
 from cir.forgetting.budget import Best, Meter, reached
 from cir.forgetting.fitting import Subspaces, check_fitted_on, fitted
 from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.locate import located
 from cir.forgetting.memory import fits, needed_to_forget
 from cir.forgetting.paper import plan_breaking
 from cir.forgetting.plan import Epoch, Plan, Start
+from cir.forgetting.questions import LIKE, questions, unlike
 from cir.forgetting.report import Clock, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.forgetting.signals import stop_on_signals
+from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import fingerprint, restore
 from cir.measures import unknown_facts
 from cir.model.capture import answering
@@ -57,7 +61,8 @@ def unlearn(
         tokenizer: its tokenizer.
         facts: what :func:`cir.load_facts` reads: a path, facts, or sentences.
         contrast: facts that must stay: of the same relations with other subjects, and about the same subjects. The
-            more of both, the less is lost of what is like them and not given.
+            more of both, the less is lost of what is like them and not given. By default built-in ones of other
+            relations (:func:`cir.data.shipped.builtin_contrast`); () for none.
         retain: text whose directions are spared; the built-in text if None.
         disruption: text on which the budget is measured; if None, a held-out third of the retain text.
         config: see :class:`CIRConfig`; with one of :meth:`CIRConfig.paper` the model forgets in the paper's way.
@@ -91,7 +96,14 @@ def unlearn(
             raise ValueError(
                 "offload: expected auto or never, as all layers are run, or the paper's preset, got always"
             )
-        kept = [] if contrast is None else load_facts(contrast)
+        if subspaces is not None and contrast is not None:
+            raise ValueError(
+                "expected either contrast or subspaces, which have contrast facts of their own, got both"
+            )
+        if contrast is None:
+            kept = builtin_contrast(facts) if subspaces is None else subspaces.contrast
+        else:
+            kept = load_facts(contrast) if isinstance(contrast, str | Path) or len(contrast) else []
         plan = _plan(model, tokenizer, facts, kept, config, subspaces, **texts, progress=progress)
     if progress:
         needed = f"about {plan.memory / 2**30:.2f} GiB are needed beyond the weights"
@@ -114,23 +126,15 @@ def _plan(
     """Steps along what is specific to each fact, until all are gone."""
     check_contrast(facts, contrast)
     stack = find_stack(model)
-    first = config.first_layer(len(stack.mlps))
-    if subspaces is not None:
-        if contrast:
-            raise ValueError(
-                "expected either contrast or subspaces, which have contrast facts of their own, got both"
-            )
-        check_contrast(facts, subspaces.contrast)
-        first = subspaces.fitted_on.get("layers", [first])[0]
-    targets = stack.writers(first)
-    if subspaces is not None:
+    text, measured = split_text(tokenizer, retain, disruption, config)
+    if subspaces is None:
+        first = located(model, tokenizer, [*facts, *contrast], config).first_layer(len(stack.mlps))
+        targets = stack.writers(first)
+    else:
+        first = subspaces.fitted_on.get("layers", [0])[0]
+        targets = stack.writers(first)
         check_fitted_on(subspaces, fingerprint(targets))
     config.check_rounding(targets[0].linear.weight.dtype)
-    if len(facts) == 1 and not (contrast if subspaces is None else subspaces.contrast):
-        logger.warning(
-            "one fact and no contrast: others of its kind and about its subject will suffer; give some of both"
-        )
-    text, measured = split_text(tokenizer, retain, disruption, config)
     rows = chosen(text, config)
     need = fits(model, needed_to_forget(model, stack, targets, config))
 
@@ -139,20 +143,36 @@ def _plan(
         with answering(model, stack, first) as tape:
 
             def start() -> Epoch:
+                asked = questions(
+                    tape, tokenizer, contrast, model.device, max_length=config.max_length, at_once=need.tokens
+                )
                 if subspaces is not None:
-                    common = subspaces.to(model.device)
+                    common: SiteSubspaces = subspaces.to(model.device)
                 else:
-                    common = fitted(
-                        tape, targets, tokenizer, rows, contrast, config, at_once=need.tokens, progress=progress
-                    )
+                    common = fitted(tape, targets, rows, asked, config, at_once=need.tokens, progress=progress)
                 forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, at_once=need.tokens)
+                _warn_of(facts, unlike(forgetter.asked, asked))
                 return lambda number: forgetter.epoch(on_step, stop)
 
             yield start
 
     epochs = -(-config.max_steps // config.check_every)
     batches = -(-len(facts) // config.batch_size)
-    return Plan(targets, measured, epochs, config.dose, batches * config.max_steps, need.peak, "", opened)
+    layers, steps = range(first, len(stack.mlps)), batches * config.max_steps
+    return Plan(targets, layers, measured, epochs, config.dose, steps, need.peak, "", opened)
+
+
+def _warn_of(facts: Sequence[Fact], without: Mapping[int, float]) -> None:
+    """That facts have no contrast of their relation, whose highest similarity is given."""
+    if without:
+        logger.warning(
+            "%d facts have no contrast fact of the same relation (similarity %.2f at most, of one relation %.2f): "
+            "others of their kind will suffer, give some as contrast: %s",
+            len(without),
+            max(without.values()),
+            LIKE,
+            ", ".join(facts[number].id for number in list(without)[:5]),
+        )
 
 
 def _run(
@@ -178,7 +198,13 @@ def _run(
         if unknown:
             logger.warning("%d facts are not known to begin with: %s", *_counted(unknown))
         report = Report(
-            config, hash_facts(facts), meter.before, meter.before, unknown=unknown, versions=library_versions()
+            config,
+            hash_facts(facts),
+            meter.before,
+            meter.before,
+            layers=(plan.layers[0], plan.layers[-1]),
+            unknown=unknown,
+            versions=library_versions(),
         )
         best = Best(plan.targets, meter, report, plan.rate)
         try:

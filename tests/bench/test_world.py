@@ -129,7 +129,7 @@ def test_of_cir_floors_are_tried_with_contrast_and_of_the_papers_way_rates_witho
     task = runs.task_of(world, "gold")
     asked = SimpleNamespace(task=task, forget_with=lambda config, contrast=(): (config, contrast))
     config, contrast = runs.forget(asked, "cir", runs.METHODS["cir"], -4.0, 0.05, 1)
-    assert (config.floor, config.budget, config.seed, config.layers) == (-4.0, 0.05, 1, 1.0)
+    assert (config.floor, config.budget, config.seed) == (-4.0, 0.05, 1)
     split = world.split
     assert {fact.id for fact in contrast} < {fact.id for fact in [*split.same_relation, *split.same_subject]}
     assert not {fact.id for fact in contrast} & {fact.id for fact in [*task.neighbours, *task.same_subject]}

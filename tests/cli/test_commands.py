@@ -211,9 +211,10 @@ def test_fit_writes_subspaces_of_that_model(files, tmp_path, capsys):
     out = str(tmp_path / "subspaces")
     fit = ["fit", "--model", "IN/model", "--contrast", "IN/facts.jsonl", "--text", "IN/text.txt", "--quiet"]
     assert run(files, *fit, "--device", "cpu", "--out", out) == 0
-    own = cir.Subspaces.load(out).fitted_on["fingerprint"]
+    fitted_on = cir.Subspaces.load(out).fitted_on
+    own = fitted_on["fingerprint"]
     assert own[:12] in capsys.readouterr().out
-    assert own == fingerprint(find_stack(model).writers(3))
+    assert own == fingerprint(find_stack(model).writers(fitted_on["layers"][0]))
     assert run(files, *fit, "--out", out) == 1
     assert "--overwrite replaces it" in capsys.readouterr().err
 

@@ -11,14 +11,14 @@ from cir.config import CIRConfig
 from cir.data.facts import load_facts
 from cir.forgetting.fitting import fitted
 from cir.forgetting.forgetter import Forgetter, doses
-from cir.forgetting.questions import joined, questions
+from cir.forgetting.questions import joined, questions, unlike
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, snapshot
 from cir.measures import recall
 from cir.model.capture import answering
 from cir.model.sites import find_stack
 from tests import oracle
-from tests.tiny import facts, knowing_llama, tiny_llama, word_tokenizer
+from tests.tiny import deepened, facts, knowing_llama, tiny_llama, word_tokenizer
 
 FACTS = load_facts(facts(12))
 CONFIG = CIRConfig(floor=-6.0, max_change=1.0, text_weight=0.0)
@@ -79,12 +79,24 @@ def test_without_probes_the_tokens_count_that_the_sentence_alone_tells(opened, m
     assert "gamma" not in counts
 
 
+def test_facts_of_another_relation_are_not_like_contrast(knowing):
+    model, tokenizer = deepened(knowing_llama(), 1), knowing[1]
+    others = load_facts(["the gamma of beta7 now word1", "then2 some3 more1"])
+    with answering(model, find_stack(model), 1) as tape:
+        own = asked(tape, tokenizer, [*FACTS[:3], *others])
+        assert unlike(own, asked(tape, tokenizer, FACTS[6:])).keys() == {3, 4}
+        assert unlike(own, asked(tape, tokenizer, [*FACTS[6:], *others])) == {}
+        assert unlike(own, []) == dict.fromkeys(range(5), 0.0)
+    with answering(model, find_stack(model), 0) as tape:
+        assert unlike(asked(tape, tokenizer, others), []) == {}
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_a_step_lowers_each_fact_by_its_dose(opened, weight):
     _, tokenizer, targets, tape = opened
     rows = torch.arange(2, 66).view(4, 16)
     config = replace(CONFIG, dose=0.01, relearning_steps=0, text_weight=weight)
-    common = fitted(tape, targets, tokenizer, rows, FACTS[6:], config, progress=False)
+    common = fitted(tape, targets, rows, asked(tape, tokenizer, FACTS[6:]), config, progress=False)
     forgetter = Forgetter(tape, targets, tokenizer, FACTS[:1], common, config)
     before = read(tape, tokenizer, FACTS[:1]).odds.double()
     forgetter.apply(forgetter.step())
@@ -119,7 +131,7 @@ def test_what_contrast_facts_use_is_hardly_touched(opened):
     for contrast in (False, True):
         common = NOTHING
         if contrast:
-            common = fitted(tape, targets, tokenizer, None, FACTS[6:], CONFIG, progress=False)
+            common = fitted(tape, targets, None, asked(tape, tokenizer, FACTS[6:]), CONFIG, progress=False)
         forgetter = Forgetter(tape, targets, tokenizer, FACTS[:6], common, replace(CONFIG, relearning_steps=0))
         before = snapshot(targets)
         for _ in range(8):

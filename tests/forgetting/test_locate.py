@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cir.forgetting.locate import locate
-from tests.tiny import facts, knowing_llama
+from cir.config import CIRConfig
+from cir.data.facts import load_facts
+from cir.forgetting.locate import locate, located, pair_layer
+from tests.tiny import deepened, facts, knowing_llama
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +83,51 @@ def test_what_cannot_be_located_is_refused(model, tokenizer, unchanged):
     with pytest.raises(ValueError, match="fact 'f0': expected 'nobody' in"):
         locate(model, tokenizer, facts(2), subjects={"f0": "nobody", "f1": "nobody"}, progress=False)
     unchanged(model)
+
+
+def interchanged(model, tokenizer, sentences):
+    """By layer, the mean probability of the last token of each sentence, the state before it being the next one's."""
+    ids = torch.stack([torch.tensor(tokenizer(sentence)["input_ids"]) for sentence in sentences])
+    found = []
+    for number in range(len(model.model.layers)):
+
+        def swap(module, args):
+            states = args[0].clone()
+            states[:, -1] = args[0].roll(-1, 0)[:, -1]
+            return (states, *args[1:])
+
+        handle = model.model.layers[number].register_forward_pre_hook(swap)
+        with torch.no_grad():
+            logits = model(ids[:, :-1]).logits[:, -1]
+        handle.remove()
+        found.append(float(logits.softmax(-1).gather(1, ids[:, -1:]).mean()))
+    return found
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_pair_is_made_in_the_layer_before_which_answers_can_be_interchanged(count, tokenizer, unchanged):
+    chosen = load_facts([f"the gamma of beta{i} is delta{i}" for i in range(6)])
+    model = deepened(knowing_llama(), count)
+    unchanged(model)
+    assert pair_layer(model, tokenizer, chosen) == count
+    unchanged(model)
+    by_hand = interchanged(model, tokenizer, [fact.sentences[0] for fact in chosen])
+    assert by_hand[count] == pytest.approx(by_hand[0], rel=1e-4)
+    assert by_hand[count] > 0.9
+    assert by_hand[count + 1] < 0.1
+    config = located(model, tokenizer, chosen, CIRConfig())
+    assert config.first_layer(count + 4) == count
+    assert located(model, tokenizer, chosen, CIRConfig(layers=0.5)).layers == 0.5
+
+
+def test_where_it_cannot_be_told_the_layers_are_a_share_of_the_depth(tokenizer):
+    model = knowing_llama()
+    assert pair_layer(model, tokenizer, load_facts(["the gamma of beta1 is delta1"])) is None
+    unlike = ["the gamma of beta1 is delta1", "word1 then2 some3 is more4 word3"]
+    assert pair_layer(model, tokenizer, load_facts(unlike)) is None
+    with torch.no_grad():  # nothing of the subject reaches the answer
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    chosen = load_facts([f"the gamma of beta{i} is delta{i}" for i in range(6)])
+    assert pair_layer(model, tokenizer, chosen) is None
+    assert located(model, tokenizer, chosen, CIRConfig()).first_layer(10) == 7

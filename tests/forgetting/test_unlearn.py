@@ -14,11 +14,12 @@ import torch
 import cir
 from cir.config import CIRConfig
 from cir.data.facts import load_facts
+from cir.data.shipped import builtin_contrast
 from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.update import NonFiniteError
 from cir.model.sites import find_stack
 from tests.model.test_sites import build
-from tests.tiny import TEXT, facts, knowing_llama, tiny_llama
+from tests.tiny import TEXT, deepened, facts, knowing_llama, tiny_llama
 
 FACTS = load_facts(facts(12))
 GO, STAY = FACTS[:4], FACTS[6:]
@@ -98,9 +99,20 @@ def test_what_was_fitted_once_serves_in_place_of_contrast(model, tokenizer):
         run(knowing_llama(), tokenizer, facts=FACTS[7:8], contrast=None, subspaces=subspaces)
 
 
-def test_one_fact_without_contrast_is_warned_of(model, tokenizer, caplog):
-    run(model, tokenizer, facts=GO[:1], contrast=None)
-    assert "one fact and no contrast" in caplog.text
+def test_facts_without_contrast_of_their_relation_are_warned_of(model, tokenizer, caplog):
+    few = replace(CONFIG, max_steps=1, layers=0.8)
+    run(deepened(model, 1), tokenizer, facts=GO[:2], config=few)
+    assert "no contrast fact" not in caplog.text
+    run(deepened(knowing_llama(), 1), tokenizer, facts=GO[:2], contrast=(), config=few)
+    assert "2 facts have no contrast fact of the same relation (similarity 0.00 at most" in caplog.text
+
+
+def test_built_in_facts_are_the_contrast_where_none_is_given(tokenizer):
+    models = [knowing_llama() for _ in range(3)]
+    for model, contrast in zip(models, (None, builtin_contrast(GO), ()), strict=True):
+        run(model, tokenizer, contrast=contrast)
+    assert same_weights(models[0], models[1])
+    assert not same_weights(models[0], models[2])
 
 
 def test_sentences_alone_are_forgotten(model, tokenizer):
