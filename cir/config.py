@@ -51,8 +51,8 @@ class CIRConfig:
     """How to forget facts, see docs/method.md; nothing is in units of one model.
 
     Attributes:
-        layers: of the model that are updated, from the top: a share of its depth. None for those from the layer on in
-            which the facts' subjects and answers come together, as :func:`cir.forgetting.locate.pair_layer` finds it;
+        layers: of the model that are updated, from the top: a share of its depth. None for those from just below the
+            layer in which the facts' subjects and answers come together (:func:`cir.forgetting.locate.pair_layer`);
             0.3 where that cannot be told.
         dose: by how many nats a step is to lower the log-odds of each fact's answers, to first order.
         floor: log-odds at which an answer counts as gone, if it fell by two nats.

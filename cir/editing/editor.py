@@ -20,9 +20,10 @@ from cir.editing.journal import Journal
 from cir.editing.turns import Turns
 from cir.forgetting.fitting import Subspaces, check_fitted_on
 from cir.forgetting.forgetter import Forgetter, Step
+from cir.forgetting.reread import Reread
 from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import WINDOW, loss_rise, mean_recall, recall, token_losses
-from cir.model.capture import Tokens, answering
+from cir.model.capture import AnswerCapture, Tokens, answering
 from cir.model.sites import find_stack
 from cir.proof.relearning import relearn as attack
 
@@ -228,7 +229,7 @@ class Editor:
                 original = token_losses(self._model, text.rows)
                 self._write([edit if other.number == entry.edit.number else other for other in active])
                 fact = entry.edit.fact
-                state = self._state(fact, text, original)
+                state = self._state(fact, text, original, token_losses(self._model, text.rows))
                 if relearn is None:
                     return state
                 last = attack(self._model, self._tokenizer, relearn, [fact], progress=False)[-1]
@@ -239,38 +240,40 @@ class Editor:
     def _forget(self, fact: Fact, before: State) -> Edit:
         """The edit, in place and measured."""
         config, text = self.config, self._near(fact)
-        original = token_losses(self._model, text.rows)
-        updates, full, stopped = self._walk(fact, before)
-        while updates:
-            factors, energy = factorise(self._targets, updates, config.rank, config.energy)
-            edit = Edit(
-                id=fact.id,
-                number=len(self._entries) + 1,
-                fact=fact,
-                factors=factors,
-                energy=energy,
-                before=before,
-                full=full,
-                after=full,
-                steps=len(updates),
-                seconds=0.0,
-                stopped=stopped,
-                fingerprint=self.fingerprint,
-            )
-            self._write([*self._active(), edit])
-            after = self._state(fact, text, original)
-            if after.rise > config.budget or after.worst > config.worst_window:
-                updates, stopped = updates[: len(updates) // 2], "budget spent"
-            elif after.recall < before.recall:
-                return replace(edit, after=after)
-            else:
-                raise EditError(
-                    f"fact {fact.id!r}: expected recall to fall from {before.recall:.3f}, got {after.recall:.3f}; "
-                    "nothing was changed"
+        with answering(self._model, self._stack, self._first) as tape:
+            reread = Reread(tape, text.rows)
+            original = reread.losses()
+            updates, full, stopped = self._walk(tape, fact, before)
+            while updates:
+                factors, energy = factorise(self._targets, updates, config.rank, config.energy)
+                edit = Edit(
+                    id=fact.id,
+                    number=len(self._entries) + 1,
+                    fact=fact,
+                    factors=factors,
+                    energy=energy,
+                    before=before,
+                    full=full,
+                    after=full,
+                    steps=len(updates),
+                    seconds=0.0,
+                    stopped=stopped,
+                    fingerprint=self.fingerprint,
                 )
+                self._write([*self._active(), edit])
+                after = self._state(fact, text, original, reread.losses())
+                if after.rise > config.budget or after.worst > config.worst_window:
+                    updates, stopped = updates[: len(updates) // 2], "budget spent"
+                elif after.recall < before.recall:
+                    return replace(edit, after=after)
+                else:
+                    raise EditError(
+                        f"fact {fact.id!r}: expected recall to fall from {before.recall:.3f}, got "
+                        f"{after.recall:.3f}; nothing was changed"
+                    )
         raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
 
-    def _walk(self, fact: Fact, before: State) -> tuple[list[Update], State, str]:
+    def _walk(self, tape: AnswerCapture, fact: Fact, before: State) -> tuple[list[Update], State, str]:
         """Steps in place until the fact is forgotten: those kept, the model after the last, why it stopped."""
         config = self.config
         share, goal, state = 1.0, config.target_recall * before.recall, before
@@ -278,33 +281,36 @@ class Editor:
             dose=config.dose, rounding=config.rounding, max_length=config.max_length, relearning_steps=0
         )
         kept: list[Update] = []
-        floor = settings.floor
-        with answering(self._model, self._stack, self._first) as tape:
-            forgetter = Forgetter(tape, self._targets, self._tokenizer, [fact], self._subspaces, settings)
-            while len(kept) < config.max_steps:
-                new: list[Update] = []
-                for _ in range(min(NEIGHBOURS_EVERY * config.check_every, config.max_steps - len(kept))):
-                    # The sentences are gone, and some probe is not yet: lower still.
-                    while not (step := forgetter.step(floor=floor)).live and floor > LOWEST:
-                        floor -= 1
-                    if not any(rows.any() for rows in step.tokens.values()):
-                        return kept + new, self._look(fact), "nothing left to forget"
-                    forgetter.apply(step, share)
-                    new.append((step.tokens, share))
-                    if len(new) % config.check_every == 0 and self._recall(fact) <= goal:
-                        break
-                now = self._look(fact)
-                if self._harmed(now, before):
-                    for tokens, scale in reversed(new):
-                        forgetter.apply(Step(tokens), -scale)
-                    share /= 2
-                    if share < SMALLEST_DOSE:
-                        return kept, state, "neighbours suffer"
-                    continue
-                kept, state = kept + new, now
-                if now.recall <= goal:
-                    return kept, state, "forgotten"
-        return kept, state, "all steps taken"
+        floor, stopped = settings.floor, "all steps taken"
+        forgetter = Forgetter(tape, self._targets, self._tokenizer, [fact], self._subspaces, settings)
+        while len(kept) < config.max_steps:
+            new: list[Update] = []
+            for _ in range(min(NEIGHBOURS_EVERY * config.check_every, config.max_steps - len(kept))):
+                # The sentences are gone, and some probe is not yet: lower still.
+                while not (step := forgetter.step(floor=floor)).live and floor > LOWEST:
+                    floor -= 1
+                if not any(rows.any() for rows in step.tokens.values()):
+                    stopped = "nothing left to forget"
+                    break
+                forgetter.apply(step, share)
+                new.append((step.tokens, share))
+                if len(new) % config.check_every == 0 and self._recall(fact) <= goal:
+                    break
+            now = self._look(fact)
+            if self._harmed(now, before):
+                for tokens, scale in reversed(new):
+                    forgetter.apply(Step(tokens), -scale)
+                share, stopped = share / 2, "neighbours suffer"
+                if share < SMALLEST_DOSE or not new:
+                    return kept, state, stopped
+                continue
+            kept, state = kept + new, now
+            if now.recall <= goal:
+                return kept, state, "forgotten"
+            if stopped == "nothing left to forget":
+                break
+            stopped = "all steps taken"
+        return kept, state, stopped
 
     def _harmed(self, now: State, before: State) -> bool:
         if now.neighbours is None or before.neighbours is None:
@@ -328,8 +334,7 @@ class Editor:
         """Windows of the text, half of them those nearest the fact."""
         return sample(self._rows, self.config.text_tokens, self._tokenizer(list(fact.sentences))["input_ids"])
 
-    def _state(self, fact: Fact, text: Sample, original: Tensor) -> State:
-        losses = token_losses(self._model, text.rows)
+    def _state(self, fact: Fact, text: Sample, original: Tensor, losses: Tensor) -> State:
         rise, stderr = loss_rise(losses, original, text)
         worst = float((losses - original).mean(1).max())
         return replace(self._look(fact), rise=rise, rise_stderr=stderr, worst=worst)

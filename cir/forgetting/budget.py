@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from cir.data.facts import Fact
 from cir.data.sampling import sample
-from cir.forgetting.plan import EpochLosses
+from cir.forgetting.plan import EpochLosses, Losses
 from cir.forgetting.report import Epoch, Measure, Report
 from cir.forgetting.update import NonFiniteError, interpolate, phase, restore, snapshot
 from cir.measures import loss_rise, recall, token_losses
@@ -24,17 +25,27 @@ RETREATS = 3
 
 class Meter:
     """Measures the model against its state ``before``, when the meter was made, on at most ``tokens`` of ``rows``
-    (N, L), half of them where the text is nearest the facts.
+    (N, L), half of them where the text is nearest the facts. ``read`` is of :class:`cir.forgetting.plan.Run`.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, facts: Sequence[Fact], rows: torch.Tensor, tokens: int | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        facts: Sequence[Fact],
+        rows: torch.Tensor,
+        tokens: int | None,
+        read: Callable[[torch.Tensor], Losses] | None = None,
     ) -> None:
         self._model, self._tokenizer, self._facts = model, tokenizer, facts
         near = tokenizer([sentence for fact in facts for sentence in fact.sentences])["input_ids"]
         self._sample = sample(rows, tokens, near)
         with phase("budget check"):
-            self._original = token_losses(model, self._sample.rows)
+            # Hidden states of a whole text may be many; of a part they are kept.
+            if read is None or tokens is None:
+                read = partial(partial, token_losses, model)
+            self._losses = read(self._sample.rows)
+            self._original = self._losses()
         if not torch.isfinite(self._original).all():
             raise NonFiniteError(
                 "expected a finite loss on the disruption text before any update, got NaN or infinity"
@@ -49,7 +60,7 @@ class Meter:
     def measure(self) -> Measure:
         """The loss, and what is recalled of the facts."""
         with phase("budget check"):
-            losses = token_losses(self._model, self._sample.rows)
+            losses = self._losses()
         return self._measured(losses)
 
     def _measured(self, losses: torch.Tensor) -> Measure:

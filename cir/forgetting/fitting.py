@@ -24,7 +24,7 @@ from cir.forgetting.memory import TOKENS_AT_ONCE
 from cir.forgetting.questions import Questions, questions
 from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
 from cir.forgetting.update import fingerprint
-from cir.model.capture import AnswerCapture, Tokens, answering
+from cir.model.capture import AnswerCapture, Tokens, answering, at_least_float32
 from cir.model.sites import Target, find_stack, sites_of
 
 FORMAT = "cir-subspaces-2"
@@ -190,7 +190,7 @@ def _text_tokens(tape: AnswerCapture, batch: Batch, gradients: bool) -> Tokens:
             return tape.forward(batch, at).tokens
     logits, hidden = tape.predict(tape.below(batch), at)
     following = batch.input_ids[batch.attention_mask].roll(-1)[at].to(logits.device)
-    return tape.backward(-F.cross_entropy(logits, following, reduction="sum"), hidden)
+    return tape.backward(-F.cross_entropy(at_least_float32(logits), following, reduction="sum"), hidden)
 
 
 def check_fitted_on(subspaces: Subspaces, own: str) -> None:

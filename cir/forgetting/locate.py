@@ -26,10 +26,12 @@ KINDS = ("mlp", "attention")
 PLACES = ("subject", "last")
 ASKED = 32
 """Sentences that are asked where facts come together, at most."""
-SMALLEST_SHARE = 0.2
-"""Of recall, lost as answers' states are interchanged: where less is, they do not tell facts apart."""
-STILL = 0.8
-"""Of that loss, what interchanging below a layer may spare at least, for the pair to be made in it or above."""
+SMALLEST_FALL = 1.0
+"""Nats of log-odds lost as answers' states are interchanged: where it is less, they do not tell facts apart."""
+SPARED = 0.7
+"""Of that, what interchanging before a layer spares at least, for the pair to be made in it or above."""
+BELOW = 0.07
+"""Of the depth, layers under that one which are updated too: training on related facts mends the way there first."""
 ALIKE = 0.5
 """Of the words of two sentences, those in both, for one to be interchanged with the other."""
 Hook = Callable[[tuple[str, int], Tensor, Tensor], Tensor | None]
@@ -204,13 +206,15 @@ def _hooked(
 def located(model: Any, tokenizer: Any, facts: Sequence[Fact], config: CIRConfig) -> CIRConfig:
     """``config`` with ``layers`` where the model at hand has ``facts``, unless it says so itself.
 
-    That is from the layer of :func:`pair_layer` on; where that cannot be told, ``config`` as it is.
+    That is from :data:`BELOW` under the layer of :func:`pair_layer` on. Where that cannot be told, nothing is said.
     """
     if config.layers is not None:
         return config
     depth = len(find_stack(model).mlps)
     first = pair_layer(model, tokenizer, facts, max_length=config.max_length)
-    return config if first is None else replace(config, layers=(depth - first) / depth)
+    if first is None:
+        return config
+    return replace(config, layers=(depth - max(first - round(BELOW * depth), 0)) / depth)
 
 
 @torch.no_grad()
@@ -243,17 +247,17 @@ def pair_layer(model: Any, tokenizer: Any, facts: Sequence[Fact], *, max_length:
             return None
         places = asked.below.places[asked.at]
 
-        def recalled(layer: int) -> float:
+        def odds(layer: int) -> float:
             with _interchanged(stack, layer, places[rows], places[others]):
-                return float(asked.odds(tape)[rows].sigmoid().mean())
+                return float(asked.odds(tape)[rows].mean())
 
         first, last = 0, len(stack.mlps) - 1
-        known, left = recalled(first), recalled(last)
-        if known - left < SMALLEST_SHARE * known:
+        known, left = odds(first), odds(last)
+        if known - left < SMALLEST_FALL:
             return None
         while last - first > 1:
             middle = (first + last) // 2
-            if recalled(middle) >= left + STILL * (known - left):
+            if odds(middle) >= left + SPARED * (known - left):
                 first = middle
             else:
                 last = middle

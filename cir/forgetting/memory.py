@@ -57,10 +57,10 @@ class Need:
         return need
 
 
-def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], config: CIRConfig) -> Need:
+def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], text: int, config: CIRConfig) -> Need:
     """What :func:`cir.unlearn` takes, by counting: bases, the moments that they are solved from and, without a GPU,
-    copies of the updated and of the relearned weights; the rows of a step's tokens, twice, at about four sentences a
-    fact.
+    copies of the updated and of the relearned weights; hidden states of what is measured of ``text`` tokens; the rows
+    of a step's tokens, twice, at about four sentences a fact.
     """
     sites = sites_of(targets)
     ranks = {site: rank_at(site, config.rank) for site in sites}
@@ -72,6 +72,7 @@ def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], config
     if model.device.type != "cuda":
         held += (3 if config.full_check else 2) * sum(target.linear.weight.nbytes for target in targets)
         held += sum(target.linear.weight.nbytes for mlp in stack.mlps[-depth:] for target in mlp.targets)
+    held += min(text, config.disruption_tokens or 0) * hidden * size
     held += 3 * 4 * hidden * inner  # a weight, its gradient and what it becomes, in float32, where it is relearned
     return Need(
         held=held,

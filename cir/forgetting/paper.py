@@ -12,7 +12,7 @@ from cir.data.facts import Fact
 from cir.forgetting.batches import fact_batches, text_batches
 from cir.forgetting.breaking import Breaker
 from cir.forgetting.memory import needed, settle
-from cir.forgetting.plan import Epoch, Plan, Start
+from cir.forgetting.plan import Epoch, Plan, Run
 from cir.model.capture import capture
 from cir.model.offload import offloaded
 from cir.model.sites import find_stack, sites_of
@@ -40,7 +40,7 @@ def plan_breaking(
     need, offloads = settle(model, stack, layers[-1], need, offload)
 
     @contextmanager
-    def opened(on_step: Callable[[], object], stop: threading.Event) -> Iterator[Start]:
+    def opened(on_step: Callable[[], object], stop: threading.Event) -> Iterator[Run]:
         with (
             offloaded(model, stack, layers[-1], model.device) if offloads else nullcontext(),
             capture(model, stack, layers[-1], targets) as tape,
@@ -51,7 +51,7 @@ def plan_breaking(
                 breaker.fit(on_step, stop)
                 return lambda number: breaker.epoch(config.rate, on_step, stop, last=number == config.max_epochs)
 
-            yield start
+            yield Run(start)
 
     steps = (config.max_epochs + 1) * len(batches) + (len(retain_batches) if config.retain_rate else 0)
     waiting = ", the upper ones of which wait on the host" if offloads else ""

@@ -31,8 +31,21 @@ class EpochLosses:
 
 Epoch = Callable[[int], EpochLosses]
 """Runs the epoch of a number, from 1 on."""
-Start = Callable[[], Epoch]
-"""Fits what has to be fitted first."""
+Losses = Callable[[], Tensor]
+"""The loss in nats of each predicted token of windows of text, as the model is now."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A captured model.
+
+    Attributes:
+        start: fits what has to be fitted before the first epoch.
+        read: given windows of text, their losses, for less than whole forwards; None where nothing is saved.
+    """
+
+    start: Callable[[], Epoch]
+    read: Callable[[Tensor], Losses] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,4 +68,4 @@ class Plan:
     steps: int
     memory: int
     waiting: str
-    opened: Callable[[Callable[[], object], threading.Event], AbstractContextManager[Start]]
+    opened: Callable[[Callable[[], object], threading.Event], AbstractContextManager[Run]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cir.data.facts import Fact
 from cir.data.tokens import Statement, pad, statements
-from cir.model.capture import AnswerCapture, Below, Hidden, Tokens
+from cir.model.capture import AnswerCapture, Below, Hidden, Tokens, at_least_float32
 
 CONTEXT = 2
 """Tokens before another that make it likely whatever the fact: grammar, and the rest of a name."""
@@ -59,7 +59,7 @@ class Questions:
 
     def _asked(self, tape: AnswerCapture) -> tuple[Tensor, Hidden]:
         logits, hidden = tape.predict(self.below, self.at)
-        answers = self.answers.to(logits.device)[:, None]
+        logits, answers = at_least_float32(logits), self.answers.to(logits.device)[:, None]
         # Unlike the log-probability, of which little is left to learn where it is near 0.
         odds = logits.gather(1, answers).squeeze(1) - logits.scatter(1, answers, -torch.inf).logsumexp(1)
         return odds, hidden

@@ -23,9 +23,10 @@ from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.locate import located
 from cir.forgetting.memory import fits, needed_to_forget
 from cir.forgetting.paper import plan_breaking
-from cir.forgetting.plan import Epoch, Plan, Start
+from cir.forgetting.plan import Epoch, Plan, Run
 from cir.forgetting.questions import LIKE, questions, unlike
 from cir.forgetting.report import Clock, Measure, Report, hash_facts, library_versions, peak_memory
+from cir.forgetting.reread import Reread
 from cir.forgetting.signals import stop_on_signals
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import fingerprint, restore
@@ -136,10 +137,10 @@ def _plan(
         check_fitted_on(subspaces, fingerprint(targets))
     config.check_rounding(targets[0].linear.weight.dtype)
     rows = chosen(text, config)
-    need = fits(model, needed_to_forget(model, stack, targets, config))
+    need = fits(model, needed_to_forget(model, stack, targets, measured.numel(), config))
 
     @contextmanager
-    def opened(on_step: Callable[[], object], stop: threading.Event) -> Iterator[Start]:
+    def opened(on_step: Callable[[], object], stop: threading.Event) -> Iterator[Run]:
         with answering(model, stack, first) as tape:
 
             def start() -> Epoch:
@@ -154,7 +155,7 @@ def _plan(
                 _warn_of(facts, unlike(forgetter.asked, asked))
                 return lambda number: forgetter.epoch(on_step, stop)
 
-            yield start
+            yield Run(start, lambda windows: Reread(tape, windows).losses)
 
     epochs = -(-config.max_steps // config.check_every)
     batches = -(-len(facts) // config.batch_size)
@@ -187,10 +188,10 @@ def _run(
     with (
         stop_on_signals() as stop,
         tqdm(total=plan.steps, disable=not progress, unit="step") as bar,
-        plan.opened(bar.update, stop) as start,
+        plan.opened(bar.update, stop) as run,
     ):
         with clock.phase("measure"):
-            meter = Meter(model, tokenizer, facts, plan.disruption, config.disruption_tokens)
+            meter = Meter(model, tokenizer, facts, plan.disruption, config.disruption_tokens, run.read)
             whole = meter
             if config.full_check and meter.partial:
                 whole = Meter(model, tokenizer, facts, plan.disruption, None)
@@ -209,7 +210,7 @@ def _run(
         best = Best(plan.targets, meter, report, plan.rate)
         try:
             with clock.phase("fit"):
-                epoch = start()
+                epoch = run.start()
             report.stopped = "all epochs done"
             for number in range(1, plan.epochs + 1):
                 with clock.phase("epochs"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +172,10 @@ class AnswerCapture(Capture):
         self._head: nn.Module = head
 
     @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self._model.device)
+
+    @property
     def mlps(self) -> list[Target]:
         """The linears of the MLPs of all layers that are not below."""
         return [target for mlp in self._stack.mlps[self._first :] for target in mlp.targets]
@@ -195,9 +199,9 @@ class AnswerCapture(Capture):
             stack.decoder(**inputs, use_cache=False)
         return below
 
-    def predict(self, below: Below, at: Tensor) -> tuple[Tensor, Hidden]:
-        """Logits (T, vocabulary) in float32 or more of what follows the real tokens ``at`` (T,), whose rows of the
-        targets' inputs are kept. The LM head is run on these alone.
+    def predict(self, below: Below, at: Tensor, keep: bool = True) -> tuple[Tensor, Hidden]:
+        """Logits (T, vocabulary) of what follows the real tokens ``at`` (T,), whose rows of the targets' inputs are
+        kept unless ``keep`` is False. The LM head is run on these alone.
         """
         counted = below.places[at]
         hidden = Hidden(below.places, counted, {}, counted, {})
@@ -211,9 +215,15 @@ class AnswerCapture(Capture):
             if self._first:  # the layers stay in their places, whose numbers and kinds the decoder may look up
                 for layer in self._stack.layers[: self._first]:
                     _replace_forward(undo, layer, lambda *args, **given: below.hidden)
-            undo.enter_context(self._recording(hidden))
+            if keep:
+                undo.enter_context(self._recording(hidden))
             logits = self._model(**below.inputs, use_cache=False).logits[0]
-        return logits if logits.dtype == torch.float64 else logits.float(), hidden
+        return logits, hidden
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 where it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:

@@ -105,7 +105,9 @@ def interchanged(model, tokenizer, sentences):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_pair_is_made_in_the_layer_before_which_answers_can_be_interchanged(count, tokenizer, unchanged):
+def test_a_pair_is_made_in_the_layer_before_which_answers_can_be_interchanged(
+    count, tokenizer, unchanged, monkeypatch
+):
     chosen = load_facts([f"the gamma of beta{i} is delta{i}" for i in range(6)])
     model = deepened(knowing_llama(), count)
     unchanged(model)
@@ -115,8 +117,9 @@ def test_a_pair_is_made_in_the_layer_before_which_answers_can_be_interchanged(co
     assert by_hand[count] == pytest.approx(by_hand[0], rel=1e-4)
     assert by_hand[count] > 0.9
     assert by_hand[count + 1] < 0.1
-    config = located(model, tokenizer, chosen, CIRConfig())
-    assert config.first_layer(count + 4) == count
+    assert located(model, tokenizer, chosen, CIRConfig()).first_layer(count + 4) == count
+    monkeypatch.setattr("cir.forgetting.locate.BELOW", 0.3)
+    assert located(model, tokenizer, chosen, CIRConfig()).first_layer(count + 4) == (1 if count == 3 else 0)
     assert located(model, tokenizer, chosen, CIRConfig(layers=0.5)).layers == 0.5
 
 

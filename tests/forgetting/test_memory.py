@@ -68,12 +68,17 @@ def test_bases_and_moments_are_foreseen(model):
 def test_the_bases_of_late_layers_and_the_copies_are_foreseen(model, tokenizer):
     stack, config = find_stack(model), cir.CIRConfig(layers=0.5, retain_tokens=256)
     targets = stack.writers(2)
-    need = needed_to_forget(model, stack, targets, config)
+    need = needed_to_forget(model, stack, targets, 0, config)
     fitted = cir.Subspaces.fit(model, tokenizer, TEXT, facts()[:2], config=config, progress=False)
     bases = sum(x.nbytes for subspace in fitted.values() for x in (subspace.basis, subspace.mixer))
     relearned = sum(target.linear.weight.nbytes for mlp in stack.mlps[2:] for target in mlp.targets)
     copies = 2 * sum(target.linear.weight.nbytes for target in targets) + relearned
     assert bases + copies < need.held < 3 * (bases + copies)
+    # Of text, one hidden state a token that is measured again and again.
+    kept = [needed_to_forget(model, stack, targets, n, config).held - need.held for n in (100, 10**6)]
+    assert kept == [4 * 24 * 100, 4 * 24 * config.disruption_tokens]
+    whole = replace(config, disruption_tokens=None)
+    assert needed_to_forget(model, stack, targets, 10**6, whole).held == need.held
 
 
 def test_fewer_tokens_at_once_where_memory_is_short_and_an_error_where_none_is_enough():
