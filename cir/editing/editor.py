@@ -20,6 +20,8 @@ from cir.editing.journal import Journal
 from cir.editing.turns import Turns
 from cir.forgetting.fitting import Subspaces, check_fitted_on
 from cir.forgetting.forgetter import Forgetter, Step
+from cir.forgetting.memory import TOKENS_AT_ONCE
+from cir.forgetting.questions import questions
 from cir.forgetting.reread import Reread
 from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import WINDOW, loss_rise, mean_recall, recall, token_losses
@@ -85,13 +87,14 @@ class Editor:
         config: EditConfig | None = None,
     ) -> None:
         self._model, self._tokenizer, self._subspaces = model, tokenizer, subspaces.to(model.device)
+        self._contrast = subspaces.contrast
         self.config = config or EditConfig()
         stack = find_stack(model)
         self._stack, self._first = stack, subspaces.fitted_on.get("layers", [0])[0]
         self._targets = stack.writers(self._first)
         self.fingerprint = fingerprint(self._targets)
         check_fitted_on(subspaces, self.fingerprint)
-        watched = subspaces.fitted_on["contrast"] if neighbours is None else neighbours
+        watched = self._contrast if neighbours is None else neighbours
         facts = [probed(fact) for fact in load_facts(watched)] if watched else []
         every = -(-len(facts) // self.config.neighbours) or 1
         self._neighbours = [replace(fact, probes=fact.probes[:1]) for fact in facts[::every]]
@@ -277,12 +280,16 @@ class Editor:
         """Steps in place until the fact is forgotten: those kept, the model after the last, why it stopped."""
         config = self.config
         share, goal, state = 1.0, config.target_recall * before.recall, before
-        settings = CIRConfig(
-            dose=config.dose, rounding=config.rounding, max_length=config.max_length, relearning_steps=0
-        )
+        settings = CIRConfig(dose=config.dose, rounding=config.rounding, max_length=config.max_length)
         kept: list[Update] = []
         floor, stopped = settings.floor, "all steps taken"
-        forgetter = Forgetter(tape, self._targets, self._tokenizer, [fact], self._subspaces, settings)
+        contrast = self._contrast
+        asked = questions(
+            tape, self._tokenizer, contrast, self._model.device, max_length=config.max_length, at_once=TOKENS_AT_ONCE
+        )
+        forgetter = Forgetter(
+            tape, self._targets, self._tokenizer, [fact], self._subspaces, settings, contrast, asked
+        )
         while len(kept) < config.max_steps:
             new: list[Update] = []
             for _ in range(min(NEIGHBOURS_EVERY * config.check_every, config.max_steps - len(kept))):

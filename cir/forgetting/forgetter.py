@@ -15,7 +15,7 @@ from cir.config import CIRConfig
 from cir.data.facts import Fact
 from cir.forgetting.memory import TOKENS_AT_ONCE
 from cir.forgetting.plan import EpochLosses
-from cir.forgetting.questions import Questions, Rows, joined, questions
+from cir.forgetting.questions import Questions, Rows, joined, peers, questions
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, sign_step, snapshot
 from cir.model.capture import AnswerCapture, Tokens
@@ -49,6 +49,8 @@ class Forgetter:
         tokenizer: of the model. facts: to be forgotten.
         common: what is collapsed, of :meth:`cir.Subspaces.fit`.
         config: see :class:`CIRConfig`.
+        contrast: facts that must stay, of which the most alike are relearned where a fact is alone in its step.
+        asked: what is asked of them.
         at_once: tokens of a step in one forward and backward.
     """
 
@@ -60,6 +62,8 @@ class Forgetter:
         facts: Sequence[Fact],
         common: SiteSubspaces,
         config: CIRConfig,
+        contrast: Sequence[Fact] = (),
+        asked: Sequence[Questions] = (),
         at_once: int = TOKENS_AT_ONCE,
     ) -> None:
         self._tape, self._targets, self._common, self._config = tape, targets, common, config
@@ -74,14 +78,17 @@ class Forgetter:
         order = list(range(len(facts)))
         self._random.shuffle(order)
 
-        def asked(numbers: Sequence[int]) -> list[Questions]:
+        def ask(numbers: Sequence[int]) -> list[Questions]:
             chosen = [facts[i] for i in numbers]
-            limits = {"max_length": config.max_length, "at_once": at_once}
-            return questions(tape, tokenizer, chosen, device, numbers=numbers, **limits)
+            length = config.max_length
+            return questions(tape, tokenizer, chosen, device, max_length=length, at_once=at_once, numbers=numbers)
 
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
         with phase("read facts"):
-            self._batches = [[asked(batch[i::PARTS]) for i in range(min(PARTS, len(batch)))] for batch in batches]
+            self._batches = [[ask(batch[i::PARTS]) for i in range(min(PARTS, len(batch)))] for batch in batches]
+            self._peers: list[Questions] = []
+            if contrast and config.relearning_steps and min(map(len, batches)) == 1:
+                self._peers = peers(tape, tokenizer, contrast, self.asked, asked, max_length=config.max_length)
 
     @property
     def asked(self) -> list[Questions]:
@@ -134,7 +141,7 @@ class Forgetter:
         before = self._before.setdefault(number, rows.odds)
         floors = (before - LEAST_FALL).clamp_max(config.floor if floor is None else floor)
         live = rows.odds > floors
-        if config.relearning_steps and len(parts) > 1:
+        if config.relearning_steps and (len(parts) > 1 or self._peers):
             back = self._returning(parts)
             rows, live = _replaced(read, back, floors, config.relearning_floor)
         count = int(live.sum())
@@ -157,13 +164,14 @@ class Forgetter:
         """The rows of each part after others were relearned, each part once; the weights are then as before."""
         order = list(range(len(parts)))
         self._random.shuffle(order)
-        half = len(parts) // 2
+        halves = order[: len(parts) // 2], order[len(parts) // 2 :]
         found: dict[int, Rows] = {}
         self._spare = snapshot(self._tape.mlps, into=self._spare)
-        for asked, relearned in ((order[:half], order[half:]), (order[half:], order[:half])):
+        for asked, others in (halves, halves[::-1]) if halves[0] else ((order, ()),):
+            relearned = [parts[i] for i in others] or [self._peers]
             try:
                 for _ in range(self._config.relearning_steps):
-                    self._relearn(joined([self._read(parts[i]) for i in relearned]))
+                    self._relearn(joined([self._read(part) for part in relearned]))
                 found |= {i: self._read(parts[i]) for i in asked}
             finally:
                 restore(self._tape.mlps, self._spare)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ CONTEXT = 2
 GAIN = 1.0
 """Nats by which all that was said before must raise a token's log-odds above these alone, for it to tell the fact."""
 
+PEERS = 16
+"""Contrast facts that are relearned where one fact is forgotten alone, at most."""
 LIKE = 0.95
 """Cosine of the states of two facts of one relation, at least. SmolLM2's capitals have 0.97 to 1.00, and with facts
 of other relations 0.80 to 0.90."""
@@ -121,22 +123,42 @@ def questions(
     return [_asked(tape, part, opening, device) for part in _parts(told, at_once)]
 
 
-def unlike(facts: Sequence[Questions], contrast: Sequence[Questions]) -> dict[int, float]:
-    """Numbers of the facts that no contrast fact is like: by number, the highest cosine of their states, below
-    :data:`LIKE`. Before the layers that change these tell of the relation alone, see :func:`cir.locate`.
+def likeness(facts: Sequence[Questions], others: Sequence[Questions]) -> Tensor | None:
+    """(F, O) highest cosine of the states of two facts' tokens, each side in the order of its facts' numbers; None
+    where all layers change. Before these, states tell of the relation alone, see
+    :func:`cir.forgetting.locate.pair_layer`.
     """
-    best: dict[int, float] = {}
-    others = [part.states for part in contrast]
-    for part in facts:
-        own = part.states
-        if own is None:
-            return {}
-        own = F.normalize(own.float(), dim=1)
-        cosines = [(own @ F.normalize(x.float(), dim=1).T).amax(1) for x in others if x is not None]
-        nearest = torch.stack(cosines).amax(0) if cosines else own.new_zeros(len(own))
-        for number, value in zip(part.owners.tolist(), nearest.tolist(), strict=True):
-            best[number] = max(value, best.get(number, 0.0))
-    return {number: value for number, value in best.items() if value < LIKE}
+    sides = []
+    for side in (facts, others):
+        states = [part.states for part in side]
+        if not states or any(rows is None for rows in states):
+            return None
+        rows = F.normalize(torch.cat([rows.float() for rows in states if rows is not None]), dim=1)
+        _, places = torch.cat([part.owners for part in side]).unique(return_inverse=True)
+        sides.append((rows, places.to(rows.device)))
+    (own, of_fact), (other, of_other) = sides
+    count = int(of_other.max()) + 1
+    cosines = (own @ other.T).flatten()
+    pairs = (of_fact[:, None] * count + of_other).flatten()
+    best = cosines.new_full(((int(of_fact.max()) + 1) * count,), -1.0)
+    return best.scatter_reduce(0, pairs, cosines, "amax").view(-1, count)
+
+
+def peers(
+    tape: AnswerCapture,
+    tokenizer: Any,
+    contrast: Sequence[Fact],
+    facts: Sequence[Questions],
+    asked: Sequence[Questions],
+    *,
+    max_length: int,
+) -> list[Questions]:
+    """A sentence each of the :data:`PEERS` facts of ``contrast``, as ``asked``, that are most like ``facts``."""
+    alike = likeness(facts, asked)
+    order = range(len(contrast)) if alike is None else alike.amax(0).argsort(descending=True).tolist()
+    chosen = [replace(contrast[i], sentences=contrast[i].sentences[:1]) for i in order[:PEERS]]
+    at_once = PEERS * max_length  # one forward
+    return questions(tape, tokenizer, chosen, tape.device, max_length=max_length, at_once=at_once)
 
 
 def _asked(

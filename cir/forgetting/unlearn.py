@@ -6,11 +6,13 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from cir.config import BreakingConfig, CIRConfig
@@ -24,7 +26,7 @@ from cir.forgetting.locate import located
 from cir.forgetting.memory import fits, needed_to_forget
 from cir.forgetting.paper import plan_breaking
 from cir.forgetting.plan import Epoch, Plan, Run
-from cir.forgetting.questions import LIKE, questions, unlike
+from cir.forgetting.questions import LIKE, likeness, questions
 from cir.forgetting.report import Clock, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.forgetting.reread import Reread
 from cir.forgetting.signals import stop_on_signals
@@ -151,8 +153,11 @@ def _plan(
                     common: SiteSubspaces = subspaces.to(model.device)
                 else:
                     common = fitted(tape, targets, rows, asked, config, at_once=need.tokens, progress=progress)
-                forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, at_once=need.tokens)
-                _warn_of(facts, unlike(forgetter.asked, asked))
+                forgetter = Forgetter(
+                    tape, targets, tokenizer, facts, common, config, contrast, asked, at_once=need.tokens
+                )
+                if first:  # else there are no states that tell of the relation alone
+                    _warn_of(facts, likeness(forgetter.asked, asked))
                 return lambda number: forgetter.epoch(on_step, stop)
 
             yield Run(start, lambda windows: Reread(tape, windows).losses)
@@ -163,16 +168,18 @@ def _plan(
     return Plan(targets, layers, measured, epochs, config.dose, steps, need.peak, "", opened)
 
 
-def _warn_of(facts: Sequence[Fact], without: Mapping[int, float]) -> None:
-    """That facts have no contrast of their relation, whose highest similarity is given."""
+def _warn_of(facts: Sequence[Fact], alike: Tensor | None) -> None:
+    """That facts have no contrast of their relation, by what :func:`likeness` says; without contrast, of all."""
+    nearest = torch.zeros(len(facts)) if alike is None else alike.amax(1)
+    without = [fact.id for fact, value in zip(facts, nearest.tolist(), strict=True) if value < LIKE]
     if without:
         logger.warning(
             "%d facts have no contrast fact of the same relation (similarity %.2f at most, of one relation %.2f): "
             "others of their kind will suffer, give some as contrast: %s",
             len(without),
-            max(without.values()),
+            float(nearest[nearest < LIKE].max()),
             LIKE,
-            ", ".join(facts[number].id for number in list(without)[:5]),
+            ", ".join(without[:5]),
         )
 
 

@@ -11,9 +11,9 @@ from cir.config import CIRConfig
 from cir.data.facts import load_facts
 from cir.forgetting.fitting import fitted
 from cir.forgetting.forgetter import Forgetter, doses
-from cir.forgetting.questions import joined, questions, unlike
+from cir.forgetting.questions import joined, likeness, peers, questions
 from cir.forgetting.subspace import SiteSubspaces
-from cir.forgetting.update import NonFiniteError, snapshot
+from cir.forgetting.update import NonFiniteError, restore, sign_step, snapshot
 from cir.measures import recall
 from cir.model.capture import answering
 from cir.model.sites import find_stack
@@ -79,16 +79,25 @@ def test_without_probes_the_tokens_count_that_the_sentence_alone_tells(opened, m
     assert "gamma" not in counts
 
 
-def test_facts_of_another_relation_are_not_like_contrast(knowing):
+def test_facts_of_one_relation_are_alike_before_the_layers_that_change(knowing, monkeypatch):
     model, tokenizer = deepened(knowing_llama(), 1), knowing[1]
     others = load_facts(["the gamma of beta7 now word1", "then2 some3 more1"])
     with answering(model, find_stack(model), 1) as tape:
-        own = asked(tape, tokenizer, [*FACTS[:3], *others])
-        assert unlike(own, asked(tape, tokenizer, FACTS[6:])).keys() == {3, 4}
-        assert unlike(own, asked(tape, tokenizer, [*FACTS[6:], *others])) == {}
-        assert unlike(own, []) == dict.fromkeys(range(5), 0.0)
+        own = asked(tape, tokenizer, [*FACTS[:3], *others], at_once=16)
+        alike = likeness(own, asked(tape, tokenizer, [*FACTS[6:], others[0]]))
+        assert alike.shape == (5, 7)
+        assert alike[:3, :6].min() > 0.99
+        assert alike[3, 6] > 0.99
+        assert max(alike[:3, 6].max(), alike[3, :6].max(), alike[4].max()) < 0.95
+        assert likeness(own, []) is None
+        monkeypatch.setattr("cir.forgetting.questions.PEERS", 2)
+        among = [others[0], *FACTS[3:5]]
+        (chosen,) = peers(tape, tokenizer, among, own[:1], asked(tape, tokenizer, among), max_length=64)
+        told = {tokenizer.convert_ids_to_tokens(int(i)) for i in chosen.answers}
+        assert {"delta3", "delta4"} <= told
+        assert "word1" not in told
     with answering(model, find_stack(model), 0) as tape:
-        assert unlike(asked(tape, tokenizer, others), []) == {}
+        assert likeness(asked(tape, tokenizer, others), asked(tape, tokenizer, FACTS)) is None
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
@@ -198,6 +207,31 @@ def test_relearning_is_undone_and_makes_forgetting_hold(opened):
             for target, weight in zip(targets, before, strict=True):
                 target.linear.weight.copy_(weight)
     assert found[3] < found[0] - 1
+
+
+def test_where_a_fact_is_alone_contrast_facts_are_relearned(opened):
+    _, tokenizer, targets, tape = opened
+    contrast = asked(tape, tokenizer, FACTS[6:])
+
+    def attacked() -> float:
+        """Log-odds of the fact after contrast facts were trained on."""
+        before = snapshot(tape.mlps)
+        for number in range(6):
+            sign_step(tape.mlps, joined([part.read(tape) for part in contrast]).tokens, 3e-3, number)
+        odds = float(read(tape, tokenizer, FACTS[:1]).odds.mean())
+        restore(tape.mlps, before)
+        return odds
+
+    found = {}
+    for relearned in ((), FACTS[6:]):
+        before = snapshot(targets)
+        common = fitted(tape, targets, None, contrast, CONFIG, progress=False)
+        config = replace(CONFIG, relearning_floor=-9.0, check_every=40)
+        Forgetter(tape, targets, tokenizer, FACTS[:1], common, config, relearned, contrast).epoch()
+        assert float(read(tape, tokenizer, FACTS[:1]).odds.max()) <= CONFIG.floor
+        found[bool(relearned)] = attacked()
+        restore(targets, before)
+    assert found[True] < found[False] - 1
 
 
 def test_nan_is_an_error_before_any_weight_changes(opened, unchanged):

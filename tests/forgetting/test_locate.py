@@ -105,9 +105,7 @@ def interchanged(model, tokenizer, sentences):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_pair_is_made_in_the_layer_before_which_answers_can_be_interchanged(
-    count, tokenizer, unchanged, monkeypatch
-):
+def test_a_pair_is_made_in_the_layer_before_which_answers_can_swap(count, tokenizer, unchanged, monkeypatch):
     chosen = load_facts([f"the gamma of beta{i} is delta{i}" for i in range(6)])
     model = deepened(knowing_llama(), count)
     unchanged(model)
