@@ -18,6 +18,7 @@ from cir.data.sampling import sample
 from cir.data.shipped import DATA
 from cir.data.tokens import windows
 from cir.forgetting.batches import fact_batches
+from cir.forgetting.locate import pair_layer
 from cir.forgetting.objectives import mlp_breaking, original_output
 from cir.forgetting.subspace import SubspaceStream
 from cir.forgetting.update import fingerprint, restore, snapshot
@@ -154,6 +155,13 @@ def test_the_built_in_facts_are_known_and_their_neighbours_too(original):
     model, tokenizer = original
     for name, least in (("forget", 0.4), ("related", 0.3), ("neighbours", 0.5)):
         assert mean_recall(recall(model, tokenizer, load_facts(DATA / f"demo_{name}.jsonl"))) > least
+
+
+@pytest.mark.parametrize("names", [["demo_forget"], ["contrast"], ["demo_neighbours"], ["demo_forget", "contrast"]])
+def test_every_set_of_facts_comes_together_in_one_layer(original, names):
+    model, tokenizer = original
+    chosen = [fact for name in names for fact in load_facts(DATA / f"{name}.jsonl")]
+    assert pair_layer(model, tokenizer, chosen) == 23
 
 
 @pytest.mark.parametrize(
