@@ -18,6 +18,7 @@ from cir.data.tokens import statements, windows
 from cir.editing.edits import Edit, State, add_factors, factorise
 from cir.editing.journal import Journal
 from cir.editing.turns import Turns
+from cir.forgetting.budget import RETREATS
 from cir.forgetting.fitting import Subspaces, check_fitted_on
 from cir.forgetting.forgetter import Forgetter, Step
 from cir.forgetting.memory import TOKENS_AT_ONCE
@@ -136,7 +137,7 @@ class Editor:
 
         Steps are taken until recall is at ``target_recall`` of what it was. When neighbours suffer, the steps
         since the last look are taken back and the dose is halved. What is applied is the sum of the steps as
-        low-rank factors; where the text does not bear it, half of the steps. The edit says what was measured then,
+        low-rank factors; where the text does not bear it, a part of that. The edit says what was measured then,
         and whether the fact is :attr:`Edit.forgotten`: the bounds may have left it partly known.
 
         Raises:
@@ -247,7 +248,9 @@ class Editor:
             reread = Reread(tape, text.rows)
             original = reread.losses()
             updates, full, stopped = self._walk(tape, fact, before)
-            while updates:
+            if not updates:
+                raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
+            for _ in range(RETREATS + 1):
                 factors, energy = factorise(self._targets, updates, config.rank, config.energy)
                 edit = Edit(
                     id=fact.id,
@@ -266,7 +269,10 @@ class Editor:
                 self._write([*self._active(), edit])
                 after = self._state(fact, text, original, reread.losses())
                 if after.rise > config.budget or after.worst > config.worst_window:
-                    updates, stopped = updates[: len(updates) // 2], "budget spent"
+                    # Harm is as the square of the way.
+                    room = min(config.budget / max(after.rise, 1e-9), config.worst_window / max(after.worst, 1e-9))
+                    share, stopped = 0.95 * min(1.0, room) ** 0.5, "budget spent"
+                    updates = [(tokens, share * scale) for tokens, scale in updates]
                 elif after.recall < before.recall:
                     return replace(edit, after=after)
                 else:
@@ -274,7 +280,7 @@ class Editor:
                         f"fact {fact.id!r}: expected recall to fall from {before.recall:.3f}, got "
                         f"{after.recall:.3f}; nothing was changed"
                     )
-        raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
+        raise EditError(f"fact {fact.id!r}: expected a part of the edit within the bounds, got {after}")
 
     def _walk(self, tape: AnswerCapture, fact: Fact, before: State) -> tuple[list[Update], State, str]:
         """Steps in place until the fact is forgotten: those kept, the model after the last, why it stopped."""

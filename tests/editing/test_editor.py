@@ -227,19 +227,22 @@ def test_a_fact_that_takes_its_neighbours_along_is_refused(make, unchanged, monk
     assert editor.edits == ()
 
 
-def test_steps_that_the_text_cannot_bear_are_left_out(make, unchanged, monkeypatch):
+def test_where_the_text_cannot_bear_an_edit_a_part_of_it_is_made(make, unchanged, monkeypatch):
     whole = make().forget(FACTS[8])
     editor = make(config=replace(CONFIG, budget=0.01))
-    rises = iter([(0.011, 0.0), (0.009, 0.0)])
+    rises = iter([(0.04, 0.0), (0.009, 0.0)])  # harm is as the square of the way
     with monkeypatch.context() as patch:
         patch.setattr("cir.editing.editor.loss_rise", lambda *a: next(rises))
         edit = editor.forget(FACTS[8])
-    assert (edit.stopped, edit.steps) == ("budget spent", whole.steps // 2)
+    assert (edit.stopped, edit.steps) == ("budget spent", whole.steps)
     assert edit.after.recall > whole.after.recall
+    for name, factors in edit.factors.items():
+        ours, all_of_it = (b.double().T @ a.double() for b, a in (factors, whole.factors[name]))
+        assert float((ours - 0.475 * all_of_it).norm() / all_of_it.norm()) < 0.02
     editor.undo()
     unchanged(editor._model)
     monkeypatch.setattr("cir.editing.editor.loss_rise", lambda *a: (0.02, 0.0))
-    with pytest.raises(EditError, match="budget spent at the first steps"):
+    with pytest.raises(EditError, match="expected a part of the edit within the bounds, got State"):
         editor.forget(FACTS[8])
     unchanged(editor._model)
 
