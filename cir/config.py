@@ -85,7 +85,7 @@ class CIRConfig:
     dose: float = 1.0
     floor: float = -4.0
     relearning_steps: int = 3
-    relearning_floor: float = -4.0
+    relearning_floor: float = -4.5
     max_change: float = 0.05
     ridge_activation: float = 3e-3
     ridge_gradient: float = 1e-2
