@@ -57,7 +57,7 @@ class CIRConfig:
         dose: by how many nats a step is to lower the log-odds of each fact's answers, to first order.
         floor: log-odds at which an answer counts as gone, if it fell by two nats.
         relearning_steps: relearn a part of the facts in so many steps, and step along what the others come back by;
-            0 for none. Where there is but one fact, there is nothing to relearn from.
+            0 for none. Where a fact is alone in its step, contrast facts most like it are relearned.
         relearning_floor: log-odds at which an answer counts as gone after that.
         max_change: of a fact, the Frobenius norm of one step over that of all weights updated, at most.
         ridge_activation, ridge_gradient: m of the soft collapse, in mean eigenvalues of what is collapsed: directions

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cir.data.facts import Fact, load_facts
 from cir.data.sampling import Sample, spread
-from cir.data.tokens import pad, windows
+from cir.data.tokens import encode, pad, windows
 
 
 @dataclass(frozen=True)
@@ -222,16 +222,17 @@ def extracted(
         torch.manual_seed(seed)
         for fact in facts:
             for probe in fact.probes:
-                inputs = tokenizer(probe.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+                ids = torch.tensor([encode(tokenizer, probe.prompt)], device=model.device)
                 sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0} if samples else {}
                 written = model.generate(
-                    **inputs,
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
                     max_new_tokens=tokens,
                     num_return_sequences=max(samples, 1),
                     pad_token_id=tokenizer.eos_token_id or 0,
                     **(sampling or {"do_sample": False}),
                 )
-                texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :])
+                texts = tokenizer.batch_decode(written[:, ids.shape[1] :])
                 target = probe.target.strip().lower()
                 found.append((fact.id, float(any(target in text.lower() for text in texts))))
     return by_fact(found)
@@ -262,7 +263,7 @@ def score(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[
     """The score of each (prompt, target), in the order given."""
     encoded = []
     for prompt, target in pairs:
-        head = tokenizer(prompt)["input_ids"]
+        head = encode(tokenizer, prompt)
         tail = tokenizer(target, add_special_tokens=False)["input_ids"]
         encoded.append((head, tail))
     # Neighbours in length share a forward, so that little of it is padding.

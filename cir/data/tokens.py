@@ -74,6 +74,28 @@ class Batch:
         return self.counted(skip_first) & ~last
 
 
+def opening(tokenizer: Any) -> list[int]:
+    """Special tokens, BOS say, that the tokenizer puts in front of every text; what it puts after them is none.
+
+    Raises:
+        ValueError: if it encodes a text otherwise with special tokens than without.
+    """
+    whole, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return list(whole[:start])
+    raise ValueError(
+        f"expected a tokenizer that encodes 'a' alike with special tokens and without, got {whole}, {plain}"
+    )
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of ``text`` as it begins: with BOS where the tokenizer adds one, and without EOS, which would end it
+    where something is to follow.
+    """
+    return opening(tokenizer) + list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def pad(rows: Sequence[Sequence[int]]) -> Batch:
     """Token ids of unequal length to one batch, padded on the right (with id 0, never attended to)."""
     width = max(len(row) for row in rows)
@@ -109,7 +131,7 @@ def sentence_rows(tokenizer: Any, fact: Fact, max_length: int, skip_first: int) 
     Raises:
         ValueError: as :func:`sentence_batches`.
     """
-    rows = [tokenizer(sentence)["input_ids"] for sentence in fact.sentences]
+    rows = [encode(tokenizer, sentence) for sentence in fact.sentences]
     for row, sentence in zip(rows, fact.sentences, strict=True):
         if not skip_first + 2 <= len(row) <= max_length:
             raise ValueError(
@@ -148,12 +170,12 @@ def statements(tokenizer: Any, fact: Fact, max_length: int) -> list[Statement]:
         if found is None:
             cut.append(Statement(row, range(1, len(row))))
             continue
-        start = _common(row, tokenizer(sentence[: found.start()].rstrip())["input_ids"])
-        upto = tokenizer(sentence[: found.end()])["input_ids"]
+        start = _common(row, encode(tokenizer, sentence[: found.start()].rstrip()))
+        upto = encode(tokenizer, sentence[: found.end()])
         # A token that spans either end of the answer is the answer's.
         stop = max(start + 1, _common(row, upto) + (row[: len(upto)] != upto))
         cut.append(Statement(row[:stop], range(start, min(stop, len(row)))))
-    kept = [statement for statement in cut if statement.told and statement.told[0] >= 1 + _opening(tokenizer)]
+    kept = [statement for statement in cut if statement.told and statement.told[0] >= 1 + len(opening(tokenizer))]
     return kept or [Statement(row, range(1, len(row))) for row in rows]
 
 
@@ -167,11 +189,6 @@ def _common(row: Sequence[int], other: Sequence[int]) -> int:
     return [*same, False].index(False)
 
 
-def _opening(tokenizer: Any) -> int:
-    """Special tokens, BOS say, that open every sentence."""
-    return len(tokenizer("")["input_ids"])
-
-
 def windows(tokenizer: Any, text: str, length: int) -> Tensor:
     """``text`` as consecutive windows (N, length) of token ids, each opened by BOS where the tokenizer adds one.
 
@@ -179,10 +196,10 @@ def windows(tokenizer: Any, text: str, length: int) -> Tensor:
         ValueError: if the text is shorter than one window.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    opening = tokenizer("")["input_ids"]
-    body = length - len(opening)
+    first = opening(tokenizer)
+    body = length - len(first)
     count = len(ids) // body
     if count == 0:
         raise ValueError(f"expected a text of at least {body} tokens, got {len(ids)}")
     rows = torch.tensor(ids[: count * body]).view(count, body)
-    return torch.cat([torch.tensor(opening, dtype=torch.long).expand(count, -1), rows], dim=1)
+    return torch.cat([torch.tensor(first, dtype=torch.long).expand(count, -1), rows], dim=1)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from cir.config import CIRConfig
 from cir.data.facts import Fact, load_facts
+from cir.data.tokens import encode
 from cir.forgetting.questions import Questions, questions
 from cir.measures import mean_recall, recall
 from cir.model.capture import AnswerCapture, frozen
@@ -152,7 +153,7 @@ def _places(
     tokenizer: Any, facts: Sequence[Fact], subjects: Mapping[str, str] | None
 ) -> dict[tuple[int, ...], tuple[int, int]]:
     """By the token ids of a probe with its target, the places of the subject's last token and of the prompt's."""
-    prompts = {probe: tokenizer(probe.prompt)["input_ids"] for fact in facts for probe in fact.probes}
+    prompts = {probe: encode(tokenizer, probe.prompt) for fact in facts for probe in fact.probes}
     spread = Counter(token for fact in facts for token in {t for probe in fact.probes for t in prompts[probe]})
     found = {}
     for fact in facts:
@@ -164,7 +165,7 @@ def _places(
                 before, subject, _ = probe.prompt.partition(subjects[fact.id])
                 if not subject:
                     raise ValueError(f"fact {fact.id!r}: expected {subjects[fact.id]!r} in {probe.prompt!r}")
-                at = len(tokenizer(before + subject)["input_ids"]) - 1
+                at = len(encode(tokenizer, before + subject)) - 1
             target = tokenizer(probe.target, add_special_tokens=False)["input_ids"]
             found[tuple(ids + target)] = at, len(ids) - 1
     return found

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cir.data.facts import Fact
-from cir.data.tokens import Statement, pad, statements
+from cir.data.tokens import Statement, opening, pad, statements
 from cir.model.capture import AnswerCapture, Below, Hidden, Tokens, at_least_float32
 
 CONTEXT = 2
@@ -119,8 +119,8 @@ def questions(
         for number, fact in zip(range(len(facts)) if numbers is None else numbers, facts, strict=True)
         for statement in statements(tokenizer, fact, max_length)
     ]
-    opening = tokenizer("")["input_ids"]
-    return [_asked(tape, part, opening, device) for part in _parts(told, at_once)]
+    first = opening(tokenizer)
+    return [_asked(tape, part, first, device) for part in _parts(told, at_once)]
 
 
 def likeness(facts: Sequence[Questions], others: Sequence[Questions]) -> Tensor | None:
@@ -162,7 +162,7 @@ def peers(
 
 
 def _asked(
-    tape: AnswerCapture, part: Sequence[tuple[int, Statement]], opening: list[int], device: torch.device
+    tape: AnswerCapture, part: Sequence[tuple[int, Statement]], first: list[int], device: torch.device
 ) -> Questions:
     batch = pad([statement.ids[: statement.told[-1]] for _, statement in part]).to(device)
     lengths = batch.attention_mask.sum(1)
@@ -174,7 +174,7 @@ def _asked(
     if len(pairs) == len(part):
         return found
     # The same tokens after a few others alone.
-    short = [opening + part[row][1].ids[max(place - CONTEXT, len(opening)) : place] for row, place in pairs]
+    short = [first + part[row][1].ids[max(place - CONTEXT, len(first)) : place] for row, place in pairs]
     alone = pad(short).to(device)
     ends = alone.attention_mask.sum(1).cumsum(0) - 1
     gain = found.odds(tape) - Questions(tape.below(alone), ends, answers, owners).odds(tape)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cir.data.facts import Fact, Probe, check_apart, load_facts
-from cir.data.tokens import pad
+from cir.data.tokens import encode, pad
 from cir.measures import Estimate, estimate, extracted, recall
 from cir.model.sites import find_stack
 
@@ -184,7 +184,7 @@ def _at_prompt_ends(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> tuple[
             undo.callback(layer.register_forward_pre_hook(read, with_kwargs=True).remove)
         undo.callback(stack.decoder.register_forward_hook(returned).remove)
         for _, probe in owners:
-            batch = pad([tokenizer(probe.prompt)["input_ids"]]).to(model.device)
+            batch = pad([encode(tokenizer, probe.prompt)]).to(model.device)
             here.clear()
             model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=1)
             states.append(torch.stack(here))

@@ -1,0 +1,57 @@
+"""What a tokenizer adds to a text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+import cir
+from cir.data.facts import load_facts
+from cir.data.tokens import encode, opening, statements, windows
+from cir.measures import extracted
+from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
+
+FACTS = load_facts(facts(12))
+
+
+def closing_tokenizer():
+    """One that puts EOS after every text, beside BOS before it."""
+    tokenizer = word_tokenizer()
+    special = [("<s>", 1), ("<unk>", 0)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A <unk>", special_tokens=special)
+    return tokenizer
+
+
+def test_what_closes_a_text_is_left_out():
+    tokenizer, closing = word_tokenizer(), closing_tokenizer()
+    sentence = FACTS[0].sentences[1]
+    assert closing(sentence)["input_ids"] == [*tokenizer(sentence)["input_ids"], 0]
+    assert opening(closing) == opening(tokenizer) == [1]
+    assert encode(closing, sentence) == encode(tokenizer, sentence) == tokenizer(sentence)["input_ids"]
+    for fact in FACTS[:2]:
+        assert statements(closing, fact, 64) == statements(tokenizer, fact, 64)
+    assert torch.equal(windows(closing, TEXT, 32), windows(tokenizer, TEXT, 32))
+
+
+def test_nothing_changes_with_a_tokenizer_that_closes_texts():
+    models = [knowing_llama(), knowing_llama()]
+    config = cir.CIRConfig(layers=0.5, budget=9.0, worst_window=9.0, max_steps=4)
+    reports = []
+    for model, tokenizer in zip(models, (word_tokenizer(), closing_tokenizer()), strict=True):
+        assert extracted(model, tokenizer, FACTS[:2], tokens=2) == {"f0": 1.0, "f1": 1.0}
+        reports.append(
+            cir.unlearn(model, tokenizer, FACTS[:3], contrast=FACTS[6:], retain=TEXT, config=config, progress=False)
+        )
+    assert reports[0].before.recall == reports[1].before.recall
+    assert reports[0].before.mean_recall > 0.9
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_tokenizer_whose_special_tokens_change_the_text_is_refused():
+    def tokenizer(text, add_special_tokens=True):
+        return {"input_ids": [1, 7] if add_special_tokens else [8]}
+
+    with pytest.raises(ValueError, match=r"alike with special tokens and without, got \[1, 7\], \[8\]"):
+        encode(tokenizer, "a")
