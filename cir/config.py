@@ -100,7 +100,7 @@ class CIRConfig:
     max_steps: int = 40
     check_every: int = 10
     budget: float = 0.001
-    worst_window: float = 0.05
+    worst_window: float = 0.1
     disruption_tokens: int | None = 32768
     full_check: bool = False
     target_recall: float | None = None

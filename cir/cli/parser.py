@@ -121,7 +121,7 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument("--floor", type=float, help="log-odds at which an answer is gone (default: -4)")
     command.add_argument("--max-steps", type=int, help="steps at most (default: 40)")
     command.add_argument(
-        "--worst-window", type=float, help="highest rise of the loss of one window, in nats a token (default: 0.05)"
+        "--worst-window", type=float, help="highest rise of the loss of one window, in nats a token (default: 0.1)"
     )
     command.add_argument("--rate", type=float, help="of the other presets: size of a forget step")
     command.add_argument("--max-epochs", type=int, help="of the other presets: passes over the facts at most")
