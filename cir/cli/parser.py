@@ -116,7 +116,7 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--full-check", action="store_true", help="at the end, measure all of that text")
     command.add_argument("--target-recall", type=float, help="stop as soon as mean recall is this low")
-    command.add_argument("--contrast", metavar="FACTS", help=f"{CONTRAST_HELP} (default: built-in ones of others)")
+    command.add_argument("--contrast", metavar="FACTS", help=f"{CONTRAST_HELP} (default: built-in ones)")
     command.add_argument("--subspaces", metavar="FILE", help="of `cir fit`, in place of --contrast")
     command.add_argument("--floor", type=float, help="log-odds at which an answer is gone (default: -4)")
     command.add_argument("--max-steps", type=int, help="steps at most (default: 40)")
