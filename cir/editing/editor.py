@@ -22,7 +22,7 @@ from cir.forgetting.budget import RETREATS
 from cir.forgetting.fitting import Subspaces, check_fitted_on
 from cir.forgetting.forgetter import Forgetter, Step
 from cir.forgetting.memory import TOKENS_AT_ONCE
-from cir.forgetting.questions import questions
+from cir.forgetting.questions import Questions, questions
 from cir.forgetting.reread import Reread
 from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import WINDOW, loss_rise, mean_recall, recall, token_losses
@@ -89,6 +89,7 @@ class Editor:
     ) -> None:
         self._model, self._tokenizer, self._subspaces = model, tokenizer, subspaces.to(model.device)
         self._contrast = subspaces.contrast
+        self._asked: list[Questions] | None = None
         self.config = config or EditConfig()
         stack = find_stack(model)
         self._stack, self._first = stack, subspaces.fitted_on.get("layers", [0])[0]
@@ -288,22 +289,23 @@ class Editor:
         share, goal, state = 1.0, config.target_recall * before.recall, before
         settings = CIRConfig(dose=config.dose, rounding=config.rounding, max_length=config.max_length)
         kept: list[Update] = []
-        floor, stopped = settings.floor, "all steps taken"
-        contrast = self._contrast
-        asked = questions(
-            tape, self._tokenizer, contrast, self._model.device, max_length=config.max_length, at_once=TOKENS_AT_ONCE
-        )
+        floor = settings.floor
+        if self._asked is None:  # once: what they are compared by, no edit changes
+            tokenizer, device, length = self._tokenizer, self._model.device, config.max_length
+            self._asked = questions(
+                tape, tokenizer, self._contrast, device, max_length=length, at_once=TOKENS_AT_ONCE
+            )
         forgetter = Forgetter(
-            tape, self._targets, self._tokenizer, [fact], self._subspaces, settings, contrast, asked
+            tape, self._targets, self._tokenizer, [fact], self._subspaces, settings, self._contrast, self._asked
         )
         while len(kept) < config.max_steps:
-            new: list[Update] = []
+            ended, new = False, list[Update]()
             for _ in range(min(NEIGHBOURS_EVERY * config.check_every, config.max_steps - len(kept))):
                 # The sentences are gone, and some probe is not yet: lower still.
                 while not (step := forgetter.step(floor=floor)).live and floor > LOWEST:
                     floor -= 1
                 if not any(rows.any() for rows in step.tokens.values()):
-                    stopped = "nothing left to forget"
+                    ended = True
                     break
                 forgetter.apply(step, share)
                 new.append((step.tokens, share))
@@ -313,17 +315,14 @@ class Editor:
             if self._harmed(now, before):
                 for tokens, scale in reversed(new):
                     forgetter.apply(Step(tokens), -scale)
-                share, stopped = share / 2, "neighbours suffer"
+                share /= 2
                 if share < SMALLEST_DOSE or not new:
-                    return kept, state, stopped
+                    return kept, state, "neighbours suffer"
                 continue
             kept, state = kept + new, now
-            if now.recall <= goal:
-                return kept, state, "forgotten"
-            if stopped == "nothing left to forget":
-                break
-            stopped = "all steps taken"
-        return kept, state, stopped
+            if now.recall <= goal or ended:
+                return kept, state, "forgotten" if now.recall <= goal else "nothing left to forget"
+        return kept, state, "all steps taken"
 
     def _harmed(self, now: State, before: State) -> bool:
         if now.neighbours is None or before.neighbours is None:
