@@ -1,6 +1,6 @@
 """How often harm on text that was not given stays below what was measured and a margin: what the budget keeps free.
 
-    python -m bench.margin [--facts A.jsonl ...] [--contrast C.jsonl] [--retain R.txt] [--text D.txt ...] [--splits 9]
+    python -m bench.margin [--facts A.jsonl ...] [--contrast C.jsonl] [--retain R.txt] [--text D.txt ...] [--splits N]
 
 SmolLM2-135M forgets the facts. Then the text, which may be several, is split at random, block by block, into a half
 that is measured as the budget is, near the facts by half, and a half that is not given. Of that, all is measured, and
@@ -47,12 +47,11 @@ def bounded(
 ) -> dict[str, Any]:
     """Of one split: the rise measured, its standard error, and the rise of the text that was not given."""
     given, held = split(len(rows), seed)
-    places = torch.arange(len(rows))[:, None].expand_as(rows)  # which windows a sample is of
 
     def taken(of: Tensor) -> tuple[Sample, Tensor]:
+        """A sample of some windows, and which of all it is of."""
         found = sample(rows[of], tokens, near)
-        matches = (rows[of][None] == found.rows[:, None]).all(2).int().argmax(1)
-        return found, places[of][matches, 0]
+        return found, of[(rows[of][None] == found.rows[:, None]).all(2).int().argmax(1)]
 
     measured, where = taken(given)
     rise, stderr = loss_rise(after[where], before[where], measured)

@@ -207,7 +207,7 @@ def _hooked(
 def located(model: Any, tokenizer: Any, facts: Sequence[Fact], config: CIRConfig) -> CIRConfig:
     """``config`` with ``layers`` where the model at hand has ``facts``, unless it says so itself.
 
-    That is from :data:`BELOW` under the layer of :func:`pair_layer` on. Where that cannot be told, nothing is said.
+    That is from :data:`BELOW` under the layer of :func:`pair_layer` on; without such a layer it comes back as it is.
     """
     if config.layers is not None:
         return config
