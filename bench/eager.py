@@ -25,6 +25,7 @@ Basis = tuple[Tensor, Tensor]
 
 def pca(rows: Tensor, rank: int) -> Basis:
     """Mean and rank - 1 leading components of ``rows`` (T, D), as the authors compute them."""
+    rows = rows.float()  # there is no QR decomposition in half precision
     return rows.mean(0), torch.pca_lowrank(rows, q=rank - 1, niter=16)[2]
 
 

@@ -1,14 +1,16 @@
-"""A batch of facts, and one fact, on a random model: seconds a fact and peak memory.
+"""Forgetting on a random model, as users call it and against eager forms: seconds a fact and peak memory.
 
-    python -m bench.step [--model 8b|small] [--out bench/results]
+    python -m bench.step [--model 8b|small|tiny] [--tasks unlearn edit ...] [--out bench/results]
 
-W1, a batch, in the paper's way, against the eager forms: facts of three sentences (12 to 32 tokens) in batches of 32,
-k = 24/36, a retain step after each forget step, a budget check after each epoch. W2, one fact: three sentences, of
-which a random model has one token each tell it, subspaces of an eighth of the directions at hand, 15 steps of
-:class:`Forgetter` with nothing measured on the way, from call to return. ``8b`` is the configuration of Llama-3.1-8B
-in bfloat16 with 112 facts, for a GPU; ``small`` that of SmolLM2-135M in float32 with 32 facts and smaller retain
-batches, for any machine. Weights are random, seeds fixed, nothing is downloaded. Each form runs in a process of its
-own, ours twice: the second run is what counts, and the first, which compiles kernels, is reported beside it.
+``unlearn``: :func:`cir.unlearn` whole, with the defaults and all they check, from call to return: facts of three
+sentences (12 to 32 tokens, the last one the answer), as many contrast facts as are built in, 20 steps of every fact,
+which is what 29 capitals took of SmolLM2 (a random model has nothing to forget and would go on to the last).
+``edit``: :meth:`cir.Editor.forget` whole, of a fact that the random model was taught; the subspaces are there.
+``W1``: the same facts in the paper's way, against the eager forms: batches of 32, k = 24/36, a retain step after each
+forget step, a budget check after each epoch. ``8b`` is the configuration of Llama-3.1-8B in bfloat16 with 112 facts,
+for a GPU; ``small`` that of SmolLM2-135M in float32 with 32 facts and smaller retain batches, for any machine, and ``tiny`` a rehearsal. Weights
+are random, seeds fixed, nothing is downloaded. Each form runs in a process of its own, ours twice: the second run is
+what counts, and the first, which compiles kernels, is reported beside it.
 
 Forms: ``ours``; ``eager``, the plain way (autograd's weight gradients, tokens in lists, ``pca_lowrank``, the full
 forward); ``trimmed``, the same without the layers above the loss layers, as the authors' code has it; ``ascent``,
@@ -21,7 +23,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,34 +36,40 @@ import torch
 import cir
 from bench.eager import EagerCIR
 from bench.records import ROOT, mark_memory, process_memory, write_rows
-from cir import CIRConfig, Subspaces
+from cir import CIRConfig, Edit, Editor, Fact, Report, Subspaces
 from cir.config import BreakingConfig
 from cir.data.facts import load_facts
 from cir.data.tokens import Batch
 from cir.forgetting.batches import fact_batches, text_batches
-from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.questions import joined, questions
+from cir.forgetting.update import sign_step
 from cir.measures import token_losses
 from cir.model.capture import answering
 from cir.model.sites import find_stack
 from cir.proof.relearning import sentence_loss
 
 WORDS = 4096
-ONE_FACT_STEPS = 15
+CONTRAST = 48
+"""Facts that are told to stay: as many as are built in."""
+TAUGHT, TEACHING_RATE, LESSONS = -2.0, 0.05, 60
+"""Log-odds at which a fact is known that is to be edited out, and the steps towards it, see :func:`sign_step`."""
 TASKS = [
-    ("W2", "ours", 1),
-    ("W1", "ours", 10),
-    ("W1", "eager", 2),
-    ("W1", "ascent", 2),
+    ("unlearn", "ours", 2),
+    ("edit", "ours", 1),
     ("W1", "ours", 2),
-    ("W1", "saving", 10),
+    ("W1", "eager", 2),
+    ("W1", "saving", 2),
+    ("W1", "ascent", 2),
     ("W1", "trimmed", 2),
 ]
-"""Task, form, and update epochs: forms are compared over two, as ten of the eager one take minutes on any GPU."""
+"""Task, form, and epochs: of ``unlearn`` ten steps each."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """``checked``: tokens of a budget check. ``words``: of the shortest and the longest sentence."""
+    """``checked``: tokens of a budget check. ``words``: of the shortest and the longest sentence. ``layers``: share
+    of the depth that the default updates.
+    """
 
     llama: dict[str, Any]
     dtype: torch.dtype
@@ -67,11 +77,12 @@ class Workload:
     config: BreakingConfig
     checked: int
     words: tuple[int, int] = (12, 32)
+    layers: float = 0.3
 
 
 PAPER = replace(CIRConfig.paper(), budget=1e9, retain_tokens=12 * 128 * 8)
-ONE_FACT = CIRConfig(rank=1 / 8, floor=-1e3)
-"""The floor is so low that there is always a step to take."""
+DEFAULT = CIRConfig(floor=-1e3, relearning_floor=-1e3, budget=1e9, worst_window=1e9)
+"""As users have it, but that nothing ends it: every fact is left in every step."""
 LLAMA_8B = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -93,10 +104,22 @@ SMOLLM2 = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+TINY = {
+    **SMOLLM2,
+    "vocab_size": 45100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+SMALL = replace(PAPER, retain_batch_size=2, retain_tokens=2 * 128 * 4)
 WORKLOADS = {
-    "8b": Workload(LLAMA_8B, torch.bfloat16, 112, PAPER, 4096),
-    "small": Workload(
-        SMOLLM2, torch.float32, 32, replace(PAPER, retain_batch_size=2, retain_tokens=2 * 128 * 4), 512
+    "8b": Workload(LLAMA_8B, torch.bfloat16, 112, PAPER, 32768),
+    "small": Workload(SMOLLM2, torch.float32, 32, SMALL, 512),
+    "tiny": Workload(
+        TINY, torch.bfloat16, 3, replace(SMALL, rank_activation=4, rank_gradient=4, loss_layers=(1, 3)), 512
     ),
 }
 
@@ -127,6 +150,14 @@ def words(draw: random.Random, count: int) -> str:
     return " ".join(f"w{draw.randrange(WORDS)}" for _ in range(count))
 
 
+def fact(draw: random.Random, name: str, length: tuple[int, int]) -> Fact:
+    """Three sentences that lead to one word; the first is asked."""
+    answer = words(draw, 1)
+    prompts = [words(draw, draw.randint(*length) - 1) for _ in range(3)]
+    probes = [{"prompt": prompts[0], "target": f" {answer}"}]
+    return load_facts([{"id": name, "sentences": [f"{p} {answer}" for p in prompts], "probes": probes}])[0]
+
+
 class Run:
     """One form on one workload, from the random weights."""
 
@@ -136,16 +167,13 @@ class Run:
         self.model = (random_model(workload, self.device) if model is None else model).requires_grad_(False)
         self.tokenizer = word_tokenizer()
         draw = random.Random(0)
-        self.facts = load_facts(
-            [
-                {"id": f"f{i}", "sentences": [words(draw, draw.randint(*workload.words)) for _ in range(3)]}
-                for i in range(workload.facts)
-            ]
-        )
+        drawn = [fact(draw, f"f{i}", workload.words) for i in range(workload.facts + CONTRAST)]
+        self.facts, self.contrast = drawn[: workload.facts], drawn[workload.facts :]
         self.retain = words(draw, self.config.retain_tokens)
-        self.disruption = words(draw, max(workload.checked, 512))
+        self.disruption = words(draw, max(2 * workload.checked, 1024))
         self.stack = find_stack(self.model)
         self.layers = self.config.layers(len(self.stack.mlps))
+        self.share = workload.layers
         self.targets = self.stack.targets(self.layers[-1])
 
     def batch(self, form: str) -> None:
@@ -190,20 +218,42 @@ class Run:
                 weight.add_(weight.grad, alpha=self.config.rate)
                 weight.grad = None
 
-    def one_fact(self) -> Callable[[], None]:
-        """W2: what is done beforehand, and then the call."""
-        fact, *others = self.facts
-        subspaces = Subspaces.fit(self.model, self.tokenizer, self.retain, others, config=ONE_FACT, progress=False)
-        first = ONE_FACT.first_layer(len(self.stack.mlps))
-        targets = self.stack.writers(first)
+    def unlearn(self) -> Report:
+        """The default, as users call it."""
+        steps = self.config.max_epochs * DEFAULT.check_every
+        return cir.unlearn(
+            self.model,
+            self.tokenizer,
+            self.facts,
+            contrast=self.contrast,
+            retain=self.retain,
+            disruption=self.disruption,
+            config=replace(DEFAULT, max_steps=steps, layers=self.share, disruption_tokens=self.config.disruption_tokens),
+            progress=False,
+        )
 
-        def forget() -> None:
-            with answering(self.model, self.stack, first) as tape:
-                forgetter = Forgetter(tape, targets, self.tokenizer, [fact], subspaces, ONE_FACT)
-                for _ in range(ONE_FACT_STEPS):
-                    forgetter.apply(forgetter.step())
+    def edit(self) -> Callable[[], Edit]:
+        """What is done beforehand, and then the call; each of the next fact."""
+        config = CIRConfig(layers=self.share)
+        facts = self.facts[:2]
+        self._teach(facts)
+        subspaces = Subspaces.fit(
+            self.model, self.tokenizer, self.retain, self.contrast, config=config, progress=False
+        )
+        editor = Editor(self.model, self.tokenizer, subspaces, text=self.disruption)
+        return lambda: editor.forget(facts.pop(0))
 
-        return forget
+    def _teach(self, facts: list[Fact]) -> None:
+        """Steps by the signs of the gradient until ``facts`` are known."""
+        first = CIRConfig(layers=self.share).first_layer(len(self.stack.mlps))
+        with answering(self.model, self.stack, first) as tape:
+            asked = questions(tape, self.tokenizer, facts, self.model.device, max_length=128, at_once=512)
+            for lesson in range(LESSONS):
+                rows = joined([part.read(tape) for part in asked])
+                if float(rows.odds.min()) > TAUGHT:
+                    return
+                sign_step(tape.mlps, rows.tokens, TEACHING_RATE, lesson)
+        raise RuntimeError(f"expected facts to be known after {LESSONS} lessons, got log-odds {rows.odds.tolist()}")
 
     def weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -212,11 +262,12 @@ class Run:
 def measured(name: str, task: str, form: str, epochs: int) -> dict[str, Any]:
     """One form of one task, in this process: seconds, and peak memory beyond the weights."""
     run = Run(WORKLOADS[name], epochs)
-    call = run.one_fact() if task == "W2" else lambda: run.batch(form)
-    first = seconds(call, run.device) if form in ("ours", "saving") else None
+    calls: dict[str, Callable[[], object]] = {"unlearn": run.unlearn, "W1": lambda: run.batch(form)}
+    call = run.edit() if task == "edit" else calls[task]
+    first = seconds(call, run.device)[0] if form in ("ours", "saving") else None
     before = memory_before(run.device)
-    again = seconds(call, run.device)
-    facts = 1 if task == "W2" else len(run.facts)
+    again, told = seconds(call, run.device)
+    facts = 1 if task == "edit" else len(run.facts)
     return {
         "bench": "step",
         "model": name,
@@ -230,15 +281,18 @@ def measured(name: str, task: str, form: str, epochs: int) -> dict[str, Any]:
         "total_bytes": peak_memory(run.device),
         "weight_bytes": run.weight_bytes(),
         "epochs": epochs,
+        "phases": told.seconds if isinstance(told, Report) else None,
+        "steps": told.steps if isinstance(told, Edit) else None,
     }
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
+def seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Of a call, and what it returned."""
     start = time.perf_counter()
-    call()
+    told = call()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, told
 
 
 def memory_before(device: torch.device) -> int:
@@ -256,28 +310,39 @@ def peak_memory(device: torch.device) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(WORKLOADS), default="8b" if torch.cuda.is_available() else "small")
+    every = list(dict.fromkeys(f"{task}:{form}" for task, form, _ in TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=every, default=every)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     arguments = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     eager: dict[tuple[str, int], float] = {}
+    failed = False
     print(
-        f"{'task':<6}{'form':<8}{'epochs':>7}{'seconds':>9}{'a fact':>9}{'speed-up':>10}{'peak MiB':>10}", flush=True
+        f"{'task':<8}{'form':<8}{'epochs':>7}{'seconds':>9}{'a fact':>9}{'speed-up':>10}{'peak MiB':>10}", flush=True
     )
     for task, form, epochs in TASKS:
-        if form == "saving" and not torch.cuda.is_available():
-            continue  # it saves the memory of a GPU
-        with spawn.Pool(1) as pool:
-            row = pool.apply(measured, (arguments.model, task, form, epochs))
+        if f"{task}:{form}" not in arguments.tasks or (form == "saving" and not torch.cuda.is_available()):
+            continue  # saving saves the memory of a GPU
+        try:
+            with spawn.Pool(1) as pool:
+                row = pool.apply(measured, (arguments.model, task, form, epochs))
+        except Exception as error:  # of this one alone: the others are measured all the same
+            failed = True
+            told = {"bench": "step", "model": arguments.model, "task": task, "form": form, "failed": repr(error)}
+            write_rows(arguments.out / "step.jsonl", [told])
+            traceback.print_exception(error)
+            continue
         if form == "eager":
             eager[task, epochs] = row["seconds"]
         row["speedup"] = eager[task, epochs] / row["seconds"] if (task, epochs) in eager else None
         write_rows(arguments.out / "step.jsonl", [row])
         ratio = f"{row['speedup']:.2f}x" if row["speedup"] else ""
         print(
-            f"{task:<6}{form:<8}{epochs:>7}{row['seconds']:>9.2f}{row['seconds_a_fact']:>9.3f}{ratio:>10}"
+            f"{task:<8}{form:<8}{epochs:>7}{row['seconds']:>9.2f}{row['seconds_a_fact']:>9.3f}{ratio:>10}"
             f"{row['peak_bytes'] / 2**20:>10.0f}",
             flush=True,
         )
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from cir_kernels._dispatch import dot, dot_split, halves, narrow, register, reso
 BLOCK_D = 64
 WIDEST_OMEGA, WIDEST_BASIS = 128, 64
 """Columns of a test matrix and of a basis that one program holds without spilling registers."""
+LIBRARY_FROM = 128
+"""Columns of a basis from which on two matrix products of the library are faster than a kernel's trips over X."""
 PROGRAMS = 256
 """Programs that fill a large GPU. Fixed, so that sums are ordered alike on every device."""
 
@@ -62,7 +64,7 @@ def collapse(
 
 @register("collapse(Tensor x, Tensor basis, Tensor? mixer, Tensor? mask, Tensor(a!) out, str backend) -> ()")
 def _collapse(x: Tensor, basis: Tensor, mixer: Tensor | None, mask: Tensor | None, out: Tensor, backend: str) -> None:
-    if backend == "torch":
+    if backend == "torch" or basis.shape[1] >= LIBRARY_FROM:
         reference.collapse(x, basis, mixer, mask, out)
     elif x.numel():
         left, right = sides(basis, mixer)

@@ -288,7 +288,7 @@ def outer_update_(
     if not isinstance(scale, Tensor):
         if not math.isfinite(scale):
             raise ValueError(f"scale: expected a finite number, got {scale}")
-        scale = torch.tensor(float(scale), dtype=torch.float64, device=w.device)
+        scale = torch.full((), scale, dtype=torch.float64, device=w.device)  # a kernel's argument: no transfer
     if scale.numel() != 1:
         raise ValueError(f"scale: expected one number, got shape {tuple(scale.shape)}")
     check_device(w=w, g=g, scale=scale, remainder=remainder)

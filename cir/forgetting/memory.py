@@ -66,7 +66,10 @@ def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], text: 
     ranks = {site: rank_at(site, config.rank) for site in sites}
     size = targets[0].linear.weight.element_size()
     vocabulary = model.config.get_text_config().vocab_size
-    held = sum(4 * rank * (site.width + rank) for site, rank in ranks.items()) + _moments(ranks)
+    # The moments of a site are let go as its basis comes, which takes a few of their size.
+    sketched = {site: columns_at(site, rank) for site, rank in ranks.items()}
+    solving = max(8 * columns * (4 * site.width + 3 * columns) for site, columns in sketched.items())
+    held = max(sum(4 * columns * site.width for site, columns in sketched.items()), _moments(ranks) + solving)
     hidden, inner = sorted(stack.mlps[0].targets[0].linear.weight.shape)
     depth = len(targets) // 2
     if model.device.type != "cuda":
@@ -145,6 +148,8 @@ def settle(model: Any, stack: Stack, last_layer: int, need: Need, offloading: st
 
 
 def _moments(ranks: Mapping[Site, int], exact: bool = False) -> int:
-    """Bytes of X^T X Omega in float64 and of Omega in bfloat16, or of half X^T X."""
+    """Bytes of X^T X Omega in float64, or of half X^T X; and of Omega in bfloat16, which sites of one shape share."""
     columns = {site: columns_at(site, rank, exact) for site, rank in ranks.items() if rank}
-    return sum(site.width * (10 * n if n < site.width else 4 * n + 4) for site, n in columns.items())
+    shared = {(site.width, n) for site, n in columns.items() if n < site.width}
+    sums = sum(site.width * (8 * n if n < site.width else 4 * n + 4) for site, n in columns.items())
+    return sums + sum(2 * width * n for width, n in shared)

@@ -82,6 +82,8 @@ class Rows:
 
     def __getitem__(self, kept: Tensor) -> Rows:
         """Those of the places, or of the mask, ``kept``."""
+        if kept.dtype == torch.bool:
+            kept = kept.nonzero().squeeze(1)  # once: each indexing by a mask would wait for the device
         tokens = {name: rows[kept.to(rows.device)] for name, rows in self.tokens.items()}
         return Rows(self.owners[kept], self.odds[kept], tokens)
 

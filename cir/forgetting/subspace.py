@@ -49,53 +49,93 @@ def principal_components(moments: Moments, rank: int, centred: bool = True) -> t
     Raises:
         ValueError: if no rows were seen, ``rank`` exceeds the columns kept, or a moment is not finite.
     """
-    width, omega = len(moments.total), moments.omega
-    columns = width if omega is None else omega.shape[1]
-    if not moments.count:
-        raise ValueError("expected moments of at least one token, got none")
-    if rank > columns:
-        raise ValueError(f"expected at most {columns} components, got {rank}")
-    if not torch.isfinite(moments.action).all():
-        raise ValueError("expected finite moments, got NaN or infinity")
+    scatter = _checked(moments)
+    omega = moments.omega
+    if rank > scatter.shape[1]:
+        raise ValueError(f"expected at most {scatter.shape[1]} components, got {rank}")
     mean = moments.total / moments.count * centred
     if omega is None:
-        scatter = symmetric(moments.action, width)
         variance, components = torch.linalg.eigh(scatter.addr_(moments.total, mean, alpha=-1))
     else:
         omega = omega.double()
-        action = torch.addr(moments.action, moments.total, mean @ omega, alpha=-1)
+        action = torch.addr(scatter, moments.total, mean @ omega, alpha=-1)
         variance, components = _nystroem(action, omega)
     variance = variance.flip(-1)[:rank].clamp_min(0) / moments.count
     components = torch.linalg.qr(components.flip(-1)[:, :rank])[0]
-    real = variance > columns * torch.finfo(variance.dtype).eps * variance[:1]
+    real = variance > scatter.shape[1] * torch.finfo(variance.dtype).eps * variance[:1]
     return components * real, variance * real
+
+
+def _checked(moments: Moments) -> Tensor:
+    """S Omega (D, s), or S (D, D) where there is no test matrix."""
+    if not moments.count:
+        raise ValueError("expected moments of at least one token, got none")
+    if not torch.isfinite(moments.action).all():
+        raise ValueError("expected finite moments, got NaN or infinity")
+    return symmetric(moments.action, len(moments.total)) if moments.omega is None else moments.action
 
 
 def _nystroem(action: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenpairs, ascending, of the rank-s approximation of S from S Omega, whatever the columns of Omega."""
     shift = torch.finfo(action.dtype).eps * torch.linalg.norm(action)
     shift = shift.clamp_min(torch.finfo(action.dtype).tiny)
-    shifted = action + shift * omega
-    core = omega.T @ shifted
-    factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
-    if failed:
+    root = _root(action, omega, shift)
+    if root is None:
         # Fewer independent rows than columns, by rounding: drop the null directions instead.
+        shifted = action + shift * omega
+        core = omega.T @ shifted
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         scale = torch.where(values > shift, values.clamp_min(shift).rsqrt(), 0)
         root = shifted @ (vectors * scale)
-    else:
-        root = torch.linalg.solve_triangular(factor.mT, shifted, upper=True, left=False)
     # S is root root^T: the Gram matrix (s, s) holds its eigenvalues, and is cheaper than an SVD of (D, s).
     values, vectors = torch.linalg.eigh(root.T @ root)
     components = (root @ vectors) / values.clamp_min(shift).sqrt()
     return (values - shift), components
 
 
+def _root(action: Tensor, omega: Tensor, shift: Tensor) -> Tensor | None:
+    """B (D, s) with B B^T = S + ``shift`` I on the span of S Omega; None where rounding leaves no Cholesky factor."""
+    shifted = action + shift * omega
+    core = omega.T @ shifted
+    factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
+    return None if failed else torch.linalg.solve_triangular(factor.mT, shifted, upper=True, left=False)
+
+
+def ridge_subspace(moments: Moments, ridge: float) -> Subspace:
+    """X m (C + m I)^-1, with C the uncentred second moments and m = ``ridge`` of their mean eigenvalues.
+
+    With a root B of C this is X - (X Q) Q^T for Q = B L^-T, L L^T = B^T B + m I: triangular factors alone, where the
+    eigenvectors would take some ten times the work. From a test matrix it is that of the Nystroem approximation of C:
+    what that leaves out counts as unused.
+    """
+    scatter = _checked(moments)
+    width, omega = len(moments.total), moments.omega
+    # Of a test matrix with entries of one variance this is unbiased, and varies little over many columns.
+    trace = (scatter.diagonal().sum() if omega is None else (omega.double() * scatter).sum()) * (
+        1.0 if omega is None else width / omega.double().square().sum()
+    )
+    shift = ridge * trace / width
+    if not shift > 0:
+        return Subspace(scatter.new_zeros(width, 0).float(), None, scatter.new_zeros(0))
+    root, part = None, 1e-6
+    while root is None:  # so little beside m that it does not matter, and more only where rounding asks for it
+        if omega is None:
+            root, failed = torch.linalg.cholesky_ex(scatter + torch.diag((part * shift).expand(width)))
+            root = None if failed else root
+        else:
+            root = _root(scatter, omega.double(), part * shift)
+        part *= 100
+    gram = root.T @ root
+    gram.diagonal().add_(shift)
+    factor = torch.linalg.cholesky(gram)
+    basis = torch.linalg.solve_triangular(factor.mT, root, upper=True, left=False)
+    return Subspace(basis.float(), None, scatter.new_zeros(0))
+
+
 def common_subspace(moments: Moments, rank: int, mode: str, ridge: float = 0.0) -> Subspace:
     """The subspace of ``rank`` directions to collapse, from the moments of one site.
 
-    ``ridge``: the rank leading directions of the uncentred moments C, of which m / (lambda_i + m) is left, with m =
-    ``ridge`` mean eigenvalues: X m (C + m I)^-1, where the rank is the width.
+    ``ridge``: see :func:`ridge_subspace`; as many directions as the moments hold.
     ``orthogonal``: span of the mean and the rank - 1 leading components, M = I: a projector.
     ``sequential``: the paper's own order, the unit mean first and then each of the rank - 1 components;
     M = [[1, 0], [-V^T mu, I]]. Not a projector, as mu is not orthogonal to V.
@@ -107,9 +147,7 @@ def common_subspace(moments: Moments, rank: int, mode: str, ridge: float = 0.0) 
         kept = torch.where(variance > 0, variance[-1] / variance.clamp_min(1e-300), 1.0)
         return Subspace(basis.float(), torch.diag(1 - kept).float(), variance)
     if mode == "ridge":
-        basis, variance = principal_components(moments, rank, centred=False)
-        shift = ridge * variance.sum() / len(moments.total)
-        return Subspace(basis.float(), torch.diag(variance / (variance + shift)).float(), variance)
+        return ridge_subspace(moments, ridge)
     components, variance = principal_components(moments, rank - 1)
     # A mean of rounding errors, left by an earlier collapse, has no direction.
     mean = _unit(moments.total / moments.count, negligible=1e-6 * variance[:1].sum().sqrt())
@@ -209,7 +247,7 @@ class SubspaceStream:
         self._mode, self._exact = mode, exact
         self._ridges = {"activation": ridge_activation, "gradient": ridge_gradient}
         self._generator = torch.Generator().manual_seed(seed)
-        self._random: dict[tuple[int, int], Tensor] = {}
+        self._random: dict[tuple[int, int, torch.device], Tensor] = {}
         self._moments: dict[str, Moments] = {}
         self._components: dict[str, Tensor] = {}
 
@@ -246,17 +284,19 @@ class SubspaceStream:
 
     def _moments_at(self, site: Site, rows: Tensor) -> Moments:
         if site.name not in self._moments:
-            self._moments[site.name] = new_moments(site.width, self._omega(site), rows.device)
+            self._moments[site.name] = new_moments(site.width, self._omega(site, rows.device), rows.device)
         return self._moments[site.name]
 
-    def _omega(self, site: Site) -> Tensor | None:
+    def _omega(self, site: Site, device: torch.device) -> Tensor | None:
         shape = (site.width, columns_at(site, self._ranks[site], self._exact))
         if shape[1] == site.width:
             return None
-        if shape not in self._random:  # sites of one shape share the draw, of which each stream has its own
-            self._random[shape] = torch.randn(shape, generator=self._generator) / site.width**0.5
-        omega = self._random[shape]
+        key = (*shape, device)
+        if key not in self._random:  # sites of one shape share the draw and its memory, of which each stream has its own
+            drawn = torch.randn(shape, generator=self._generator) / site.width**0.5
+            self._random[key] = drawn.to(device, torch.bfloat16)
+        omega = self._random[key]
         if site.name in self._components:
-            warm = self._components[site.name].cpu()
-            omega = torch.cat([warm, omega[:, warm.shape[1] :]], dim=1)
+            warm = self._components[site.name]
+            omega = torch.cat([warm.to(omega), omega[:, warm.shape[1] :]], dim=1)
         return omega

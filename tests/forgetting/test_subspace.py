@@ -86,17 +86,43 @@ def test_the_sketch_finds_what_the_exact_basis_holds(sink):
     assert held[1] > 0.995
 
 
-@pytest.mark.parametrize("rank", [12, 4])
-def test_ridge_is_the_resolvent_of_the_second_moments(rank):
-    x = rows()
-    source = SubspaceStream([SITE], rank_activation=rank, rank_gradient=1, mode="ridge", ridge_activation=0.3)
-    source.observe({"s": x})
-    got = source.solve()["s"].collapse_(x.clone()).double()
+def ridge(site: Site, x: torch.Tensor, rank: float, shift: float, **options) -> torch.Tensor:
+    """What the collapse leaves of the rows."""
+    source = SubspaceStream([site], rank_activation=rank, rank_gradient=1, mode="ridge", ridge_activation=shift)
+    source.observe({site.name: x})
+    return source.solve()[site.name].collapse_(x.clone()).double()
+
+
+def resolvent(x: torch.Tensor, shift: float) -> torch.Tensor:
+    """The same by the eigenvectors of the second moments."""
     values, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
-    values[: 12 - rank] = 0  # what is not among the leading directions counts as unused
-    shift = 0.3 * values.sum() / 12
-    want = x.double() @ (vectors * (shift / (values + shift))) @ vectors.T
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    m = shift * values.sum() / x.shape[1]
+    return x.double() @ (vectors * (m / (values + m))) @ vectors.T
+
+
+@pytest.mark.parametrize("count", [300, 5])  # fewer rows than directions, too
+def test_ridge_is_the_resolvent_of_the_second_moments(count):
+    x = rows(count)
+    torch.testing.assert_close(ridge(SITE, x, 12, 0.3), resolvent(x, 0.3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1000, 40])
+def test_ridge_of_a_sketch_counts_what_it_leaves_out_as_unused(count):
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.exp(-torch.arange(200) / 6)
+    x = torch.randn(count, 200, generator=generator) * scales
+    got, want = ridge(Site("s", 200, "activation"), x, 20, 0.01), resolvent(x, 0.01)
+    assert float((got - want).norm() / want.norm()) < 0.1
+    # Of what is used most, as much is left as the exact resolvent leaves.
+    torch.testing.assert_close(got[:, :8].norm(dim=0), want[:, :8].norm(dim=0), rtol=0.1, atol=0)
+
+
+def test_ridge_of_rows_without_length_leaves_all():
+    zeros = torch.zeros(5, 12)
+    source = SubspaceStream([SITE], rank_activation=4, rank_gradient=1, mode="ridge", ridge_activation=0.3)
+    source.observe({"s": zeros})
+    x = rows()
+    assert torch.equal(source.solve()["s"].collapse_(x.clone()), x)
 
 
 def test_the_seed_decides_and_the_global_generator_does_not_move():
