@@ -92,7 +92,8 @@ def launches() -> list[Launch]:
             for rounding in ck.ROUNDINGS:
                 remainder = torch.empty(w.shape, dtype=torch.int16) if rounding == "compensated" else None
                 if remainder is None or dtype == torch.bfloat16:
-                    ops.outer_update(w, g, x, state.count.float(), rounding, 0, remainder, "triton")
+                    ops.outer_update(w, g, x, state.count.float(), rounding, 0, remainder, False, "triton")
+            ops.outer_update(w, g, x, state.count.float(), "stochastic", 0, None, True, "triton")
     return found
 
 

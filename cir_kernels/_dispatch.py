@@ -18,7 +18,7 @@ try:
 except ImportError:  # not Linux: kernels are defined but never run
 
     class triton:  # type: ignore[no-redef]
-        jit = staticmethod(lambda function: function)
+        jit = staticmethod(lambda function=None, **_: function or (lambda other: other))
 
     tl: Any = None  # type: ignore[no-redef]
     HAS_TRITON = False

@@ -249,6 +249,7 @@ def outer_update_(
     rounding: str = "nearest",
     seed: int = 0,
     remainder: Tensor | None = None,
+    sign: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """W <- W + scale * G^T A in place; W is read and written once, the product never stored beside it.
@@ -265,6 +266,7 @@ def outer_update_(
             ``remainder`` keeps what rounding takes away. Weights of 32 bits and more are stored as summed.
         seed: of "stochastic": it and an element's place alone decide how the element is rounded.
         remainder: (D_out, D_in) int16, zeros at first, updated in place; given with "compensated" and only then.
+        sign: add ``scale`` times the signs of G^T A instead, 0 where it is 0.
 
     Raises:
         TypeError: if a matrix is not a floating tensor.
@@ -292,19 +294,28 @@ def outer_update_(
     if scale.numel() != 1:
         raise ValueError(f"scale: expected one number, got shape {tuple(scale.shape)}")
     check_device(w=w, g=g, scale=scale, remainder=remainder)
-    _outer_update(w, g, a, scale, rounding, seed, remainder, resolve(backend, w if w.dtype == torch.float64 else g))
+    chosen = resolve(backend, w if w.dtype == torch.float64 else g)
+    _outer_update(w, g, a, scale, rounding, seed, remainder, sign, chosen)
     return w
 
 
 @register(
     "outer_update(Tensor(a!) w, Tensor g, Tensor a, Tensor scale, str rounding, int seed, Tensor(b!)? remainder,"
-    " str backend) -> ()"
+    " bool sign, str backend) -> ()"
 )
 def _outer_update(
-    w: Tensor, g: Tensor, a: Tensor, scale: Tensor, rounding: str, seed: int, remainder: Tensor | None, backend: str
+    w: Tensor,
+    g: Tensor,
+    a: Tensor,
+    scale: Tensor,
+    rounding: str,
+    seed: int,
+    remainder: Tensor | None,
+    sign: bool,
+    backend: str,
 ) -> None:
     if backend == "torch":
-        reference.outer_update_(w, g, a, scale, rounding, seed, remainder)
+        reference.outer_update_(w, g, a, scale, rounding, seed, remainder, sign)
         return
     if not w.numel():
         return
@@ -325,6 +336,7 @@ def _outer_update(
         *a.stride(),
         *((0, 0) if remainder is None else remainder.stride()),
         ROUNDING=ROUNDINGS.index(rounding) if half else 0,
+        SIGN=sign,
         EPS=eps,
         SMALLEST=smallest,
         BLOCK_M=block_m,
@@ -335,7 +347,7 @@ def _outer_update(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key", "n_tokens"])  # which differ from launch to launch
 def _update_kernel(
     w_ptr,
     g_ptr,
@@ -355,6 +367,7 @@ def _update_kernel(
     stride_rm,
     stride_rn,
     ROUNDING: tl.constexpr,
+    SIGN: tl.constexpr,
     EPS: tl.constexpr,
     SMALLEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -374,6 +387,8 @@ def _update_kernel(
     tile = _outer_tile(
         g_ptr, a_ptr, o_m, o_n, n_tokens, d_out, d_in, stride_gt, stride_gd, stride_at, stride_ad, BLOCK_T
     )
+    if SIGN:
+        tile = (tile > 0).to(tl.float32) - (tile < 0).to(tl.float32)
     m_w = (o_m < d_out)[:, None] & (o_n < d_in)[None, :]
     p_w = w_ptr + o_m[:, None] * stride_wm + o_n[None, :] * stride_wn
     b_w = tl.load(p_w, mask=m_w, other=0.0)

@@ -116,20 +116,30 @@ def outer_update_(
     rounding: str = "nearest",
     seed: int = 0,
     remainder: Tensor | None = None,
+    sign: bool = False,
 ) -> Tensor:
-    """W <- W + scale * G^T A in place; half-precision W is summed in float32 and rounded once."""
+    """W <- W + scale * G^T A in place, or + scale * sign(G^T A); half-precision W is summed in float32 and rounded once.
+    """
     dtype = _compute_dtype(w.dtype)
     alpha = scale.item()
     a = a.to(dtype)
-    if dtype == w.dtype:
+
+    def moved(before: Tensor, g: Tensor) -> Tensor:
+        if sign:
+            return before.add((g.to(dtype).T @ a).sign_(), alpha=alpha)
+        return torch.addmm(before, g.to(dtype).T, a, alpha=alpha)
+
+    if dtype == w.dtype and not sign and w.stride(1) == 1:
         return w.addmm_(g.to(dtype).T, a, alpha=alpha)
+    if dtype == w.dtype:  # cuBLAS refuses some strides in place
+        return w.copy_(moved(w, g))
     columns = torch.arange(w.shape[1], device=w.device)
     # Row blocks keep the float32 copy of a half-precision weight small.
     for start in range(0, len(w), 1024):
         rows = slice(start, start + 1024)
         block = w[rows]
         before = block.float() if remainder is None else join(block.contiguous(), remainder[rows])
-        after = torch.addmm(before, g[:, rows].to(dtype).T, a, alpha=alpha)
+        after = moved(before, g[:, rows])
         if remainder is not None:
             high, remainder[rows] = split(after)
             block.copy_(high)

@@ -6,6 +6,8 @@ nearest drops most of it. ``stochastic`` keeps it in expectation, ``compensated`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,8 @@ def random_bits(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
     return _mix((_mix(rows ^ (hashed(seed) & _MASK))[:, None] + columns[None, :]) & _MASK)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The lowbias32 hash (Wellons 2018): each bit of the input flips each of the output half the time."""
+def _mix(x: Any) -> Any:
+    """Of an integer, or each of a tensor of them: the lowbias32 hash (Wellons 2018): each bit of the input flips each of the output half the time."""
     x = x ^ (x >> 16)
     x = (x * _FIRST) & _MASK
     x = x ^ (x >> 15)
@@ -100,5 +102,5 @@ def divided(b_w):
 
 def hashed(seed: int) -> int:
     """The key that ``seed`` stands for, as a signed 32-bit integer."""
-    key = int(_mix(torch.tensor(seed & _MASK) ^ _mix(torch.tensor((seed >> 32) & _MASK))))
+    key = _mix((seed & _MASK) ^ _mix((seed >> 32) & _MASK))
     return key - (1 << 32) if key >> 31 else key

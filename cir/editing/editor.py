@@ -21,7 +21,7 @@ from cir.editing.turns import Turns
 from cir.forgetting.budget import RETREATS
 from cir.forgetting.fitting import Subspaces, check_fitted_on
 from cir.forgetting.forgetter import Forgetter, Step
-from cir.forgetting.memory import TOKENS_AT_ONCE
+from cir.forgetting.memory import tokens_at_once
 from cir.forgetting.questions import Questions, questions
 from cir.forgetting.reread import Reread
 from cir.forgetting.update import fingerprint, restore, snapshot
@@ -293,7 +293,7 @@ class Editor:
         if self._asked is None:  # once: what they are compared by, no edit changes
             tokenizer, device, length = self._tokenizer, self._model.device, config.max_length
             self._asked = questions(
-                tape, tokenizer, self._contrast, device, max_length=length, at_once=TOKENS_AT_ONCE
+                tape, tokenizer, self._contrast, device, max_length=length, at_once=tokens_at_once(device)
             )
         forgetter = Forgetter(
             tape, self._targets, self._tokenizer, [fact], self._subspaces, settings, self._contrast, self._asked

@@ -20,7 +20,7 @@ from cir.data.facts import Fact, load_facts
 from cir.data.tokens import Batch, windows
 from cir.forgetting.batches import chosen
 from cir.forgetting.locate import located
-from cir.forgetting.memory import TOKENS_AT_ONCE
+from cir.forgetting.memory import TOKENS_AT_ONCE, tokens_at_once
 from cir.forgetting.questions import Questions, questions
 from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
 from cir.forgetting.update import fingerprint
@@ -80,7 +80,7 @@ class Subspaces(SiteSubspaces):
         rows = None if texts is None else chosen(windows(tokenizer, texts, config.retain_length), config)
         with answering(model, stack, first) as tape:
             length = config.max_length
-            asked = questions(tape, tokenizer, facts, model.device, max_length=length, at_once=TOKENS_AT_ONCE)
+            asked = questions(tape, tokenizer, facts, model.device, max_length=length, at_once=tokens_at_once(model.device))
             solved = fitted(tape, targets, rows, asked, config, progress=progress)
         fitted_on = {
             "fingerprint": fingerprint(targets),
@@ -169,6 +169,8 @@ def fitted(
                 norm = 1.0 if name in activations else x.norm(dim=1, keepdim=True).clamp_min(1e-30)
                 stream.observe({name: x * (weight**0.5 / norm)})
 
+    # All tokens of text are predicted, so that their logits are most of what is kept.
+    at_once = min(at_once, TOKENS_AT_ONCE)
     chunks = [] if rows is None else list(rows.split(max(1, at_once // rows.shape[1])))
     with tqdm(total=len(chunks) + len(asked), disable=not progress, unit="batch", desc="fitting") as bar:
         for number, chunk in enumerate(chunks):

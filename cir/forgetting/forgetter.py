@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cir.config import CIRConfig
 from cir.data.facts import Fact
-from cir.forgetting.memory import TOKENS_AT_ONCE
+from cir.forgetting.memory import tokens_at_once
 from cir.forgetting.plan import EpochLosses
 from cir.forgetting.questions import Questions, Rows, joined, peers, questions
 from cir.forgetting.subspace import SiteSubspaces
@@ -51,7 +51,7 @@ class Forgetter:
         config: see :class:`CIRConfig`.
         contrast: facts that must stay, of which the most alike are relearned where a fact is alone in its step.
         asked: what is asked of them.
-        at_once: tokens of a step in one forward and backward.
+        at_once: tokens of a step in one forward and backward; by default what suits the device.
     """
 
     def __init__(
@@ -64,11 +64,12 @@ class Forgetter:
         config: CIRConfig,
         contrast: Sequence[Fact] = (),
         asked: Sequence[Questions] = (),
-        at_once: int = TOKENS_AT_ONCE,
+        at_once: int | None = None,
     ) -> None:
         self._tape, self._targets, self._common, self._config = tape, targets, common, config
         self._random = random.Random(config.seed)
         device = targets[0].linear.weight.device
+        at_once = at_once or tokens_at_once(device)
         self._weight = sum(float(t.linear.weight.detach().double().norm()) ** 2 for t in targets) ** 0.5
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
         self._spare: list[Tensor] | None = None
@@ -166,7 +167,7 @@ class Forgetter:
         self._random.shuffle(order)
         halves = order[: len(parts) // 2], order[len(parts) // 2 :]
         found: dict[int, Rows] = {}
-        self._spare = snapshot(self._tape.mlps, into=self._spare)
+        self._spare = snapshot(self._tape.mlps, into=self._spare, near=True)
         for asked, others in (halves, halves[::-1]) if halves[0] else ((order, ()),):
             relearned = [parts[i] for i in others] or [self._peers]
             try:

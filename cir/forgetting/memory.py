@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from cir.config import BreakingConfig, CIRConfig, rank_at
 from cir.data.tokens import Batch
 from cir.forgetting.subspace import columns_at
@@ -14,8 +16,10 @@ from cir.model.offload import free_memory, upper_modules
 from cir.model.sites import Site, Stack, Target, sites_of
 
 OFFLOAD = ("auto", "always", "never")
-TOKENS_AT_ONCE = 512
-"""Of a step, in one forward and backward: enough to fill a GPU, and what autograd keeps of them stays small."""
+TOKENS_AT_ONCE, ON_GPU = 512, 2048
+"""Of a step, in one forward and backward. A GPU multiplies 512 tokens by a layer of Llama-3.1-8B in less time than
+the host takes to launch it; what autograd keeps of 2048 is a quarter of those weights.
+"""
 LEAST_AT_ONCE = 32
 """A sentence: no step is made smaller."""
 HIDDEN_KEPT, INNER_KEPT = 12, 4
@@ -57,6 +61,11 @@ class Need:
         return need
 
 
+def tokens_at_once(device: torch.device) -> int:
+    """Of a step, in one forward and backward, where memory allows it."""
+    return ON_GPU if device.type == "cuda" else TOKENS_AT_ONCE
+
+
 def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], text: int, config: CIRConfig) -> Need:
     """What :func:`cir.unlearn` takes, by counting: bases, the moments that they are solved from and, without a GPU,
     copies of the updated and of the relearned weights; hidden states of what is measured of ``text`` tokens; the rows
@@ -80,8 +89,13 @@ def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], text: 
     return Need(
         held=held,
         rows=2 * 4 * config.batch_size * size * sum(site.width for site in sites),
-        # Logits as they come, in float32, as log-probabilities, and their gradients.
-        token=depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner) + vocabulary * (size + 12),
+        # Of every token logits, as they come and in float32 twice; or what autograd keeps, and of a quarter of the
+        # tokens logits, in float32, as log-probabilities, and their gradients.
+        token=max(
+            vocabulary * (size + 8),
+            depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner) + vocabulary * (size + 12) // 4,
+        ),
+        tokens=tokens_at_once(model.device),
         check=vocabulary * (TOKENS_PER_FORWARD * size + WINDOW * 8),
     )
 

@@ -105,7 +105,7 @@ def questions(
     at_once: int,
     numbers: Sequence[int] | None = None,
 ) -> list[Questions]:
-    """Ask for ``facts``, in forwards of at most ``at_once`` tokens, padding included, or of one sentence.
+    """Ask for ``facts``, in forwards of at most ``at_once`` tokens, or of one sentence.
 
     A token tells the fact if all that goes before it in its sentence makes it likelier than the last :data:`CONTEXT`
     tokens do, by :data:`GAIN`; of each sentence at least the one for which that is most does.
@@ -187,11 +187,12 @@ def _asked(
 
 def _parts(told: Sequence[tuple[int, Statement]], at_once: int) -> Iterator[list[tuple[int, Statement]]]:
     part: list[tuple[int, Statement]] = []
+    tokens = 0
     for number, statement in told:
-        width = max(len(other.ids) for _, other in [*part, (number, statement)])
-        if part and width * (len(part) + 1) > at_once:
+        if part and tokens + len(statement.ids) > at_once:
             yield part
-            part = []
+            part, tokens = [], 0
         part.append((number, statement))
+        tokens += len(statement.ids)
     if part:
         yield part

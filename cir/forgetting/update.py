@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cir.model.capture import at_least_float32
+from cir.model.offload import free_memory
 from cir.model.sites import Target
 from cir_kernels import outer_norm_sq, outer_update_
-from cir_kernels.rounding import dither, random_bits
 
 PHASE = "cir::"
 """Before the names of what :func:`phase` marks."""
@@ -95,20 +96,23 @@ def plain_step(
 
 @torch.no_grad()
 def sign_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float, seed: int) -> None:
-    """W <- W + rate * rms(W) * sign(G^T A): a first step of Adam. The gradient of one linear is formed at a time.
+    """W <- W + rate * rms(W) * sign(G^T A): a first step of Adam.
 
     Args:
         targets, tokens: as for :func:`selective_step`, the rows as they are. seed: of the rounding of 16-bit weights.
     """
     for place, target in enumerate(targets):
         weight = target.linear.weight
-        exact = weight.double() if weight.dtype == torch.float64 else weight.float()
-        gradient = tokens[target.gradient.name].T @ tokens[target.activation.name]
-        moved = exact + rate * exact.square().mean().sqrt() * gradient.sign()
-        if weight.dtype.itemsize == 2:  # to nearest, most of so small a step would be dropped
-            rows, columns = (torch.arange(n, device=weight.device) for n in weight.shape)
-            moved = dither(moved, random_bits(rows, columns, seed * len(targets) + place), weight.dtype)
-        weight.copy_(moved)
+        rms = torch.linalg.vector_norm(weight, dtype=at_least_float32(weight[:0]).dtype) / weight.numel() ** 0.5
+        outer_update_(
+            weight,
+            tokens[target.gradient.name],
+            tokens[target.activation.name],
+            rate * rms,
+            rounding="stochastic",  # to nearest, most of so small a step would be dropped from 16 bits
+            seed=seed * len(targets) + place,
+            sign=True,
+        )
 
 
 def _on_host(loss: Tensor | None, value: Tensor) -> list[float]:
@@ -118,9 +122,15 @@ def _on_host(loss: Tensor | None, value: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def snapshot(targets: Sequence[Target], into: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Copies of the target weights, on the host; in the memory of an earlier snapshot, ``into``, where given."""
+def snapshot(
+    targets: Sequence[Target], into: Sequence[Tensor] | None = None, near: bool = False
+) -> list[Tensor]:
+    """Copies of the target weights, on the host; in the memory of an earlier snapshot, ``into``, where given. With
+    ``near``, beside the weights where their device has twice the room, from where they are back some ten times as fast.
+    """
     weights = [target.linear.weight for target in targets]
+    if into is None and near and _roomy(weights):
+        into = [torch.empty_like(weight) for weight in weights]
     if into is None:
         # Pinned, a GPU writes them several times as fast.
         into = [torch.empty(w.shape, dtype=w.dtype, pin_memory=w.is_cuda) for w in weights]
@@ -129,6 +139,14 @@ def snapshot(targets: Sequence[Target], into: Sequence[Tensor] | None = None) ->
     for device in {weight.device for weight in weights if weight.is_cuda}:
         torch.cuda.synchronize(device)
     return list(into)
+
+
+def _roomy(weights: Sequence[Tensor]) -> bool:
+    """Whether each device has free memory for twice the ``weights`` that it has."""
+    sizes: dict[torch.device, int] = {}
+    for weight in weights:
+        sizes[weight.device] = sizes.get(weight.device, 0) + weight.nbytes
+    return all(2 * size < (free_memory(device) or 0) for device, size in sizes.items())
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def test_moments(dtype, pieces, width, how, masked, fused, data):
         want = ck.collapse(piece, basis, None, kept, backend="torch")
         got = ck.collapse_and_accumulate(state, piece, basis, None, kept, out=piece, backend="triton")
         assert got is piece
-        torch.testing.assert_close(got, want, atol=8 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(got, want, atol=16 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
     kept_rows = x[mask].double()
     assert int(state.count) == len(kept_rows)
     sums = float(kept_rows.abs().sum()) + 1
@@ -204,20 +204,23 @@ def test_outer_norm(dtype, sizes):
     d_out=st.integers(1, 150),
     d_in=st.integers(1, 150),
     how=st.sampled_from(["plain", "rows", "columns"]),
+    sign=st.booleans(),
 )
-def test_outer_update(dtype, rounding, rows, d_out, d_in, how):
+def test_outer_update(dtype, rounding, rows, d_out, d_in, how, sign):
     if rounding == "compensated" and dtype != torch.bfloat16:
         return
     g, a = rand(rows, d_out, dtype=dtype), strided(rand(rows, d_in, seed=1, dtype=dtype), how)
     w = strided(rand(d_out, d_in, seed=2, dtype=dtype), how)
-    scale = torch.tensor(-1e-2, device=DEVICE)
+    scale, product = torch.tensor(-1e-2, device=DEVICE), g.double().T @ a.double()
+    sign = sign and float(product.abs().min()) > 1e-4  # nearer to zero, rounding decides
     results = []
     for backend in ("triton", "torch"):
         own = strided(w, how)
         remainder = torch.zeros(w.shape, dtype=torch.int16, device=DEVICE) if rounding == "compensated" else None
-        ck.outer_update_(own, g, a, scale, rounding=rounding, seed=5, remainder=remainder, backend=backend)
+        more = {"rounding": rounding, "seed": 5, "remainder": remainder, "sign": sign}
+        ck.outer_update_(own, g, a, scale, **more, backend=backend)
         results.append(own if remainder is None else join(own.contiguous(), remainder))
-    want = w.double() + scale.double() * (g.double().T @ a.double())
+    want = w.double() + scale.double() * (product.sign() if sign else product)
     no_worse(results[0], results[1], want)
     if dtype != torch.float32 and rounding == "stochastic":  # the same noise, whatever the launch
         assert float((results[0] != results[1]).float().mean()) < 0.01
