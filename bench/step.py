@@ -8,9 +8,9 @@ which is what 29 capitals took of SmolLM2 (a random model has nothing to forget 
 ``edit``: :meth:`cir.Editor.forget` whole, of a fact that the random model was taught; the subspaces are there.
 ``W1``: the same facts in the paper's way, against the eager forms: batches of 32, k = 24/36, a retain step after each
 forget step, a budget check after each epoch. ``8b`` is the configuration of Llama-3.1-8B in bfloat16 with 112 facts,
-for a GPU; ``small`` that of SmolLM2-135M in float32 with 32 facts and smaller retain batches, for any machine, and ``tiny`` a rehearsal. Weights
-are random, seeds fixed, nothing is downloaded. Each form runs in a process of its own, ours twice: the second run is
-what counts, and the first, which compiles kernels, is reported beside it.
+for a GPU; ``small`` that of SmolLM2-135M in float32 with 32 facts and smaller retain batches, for any machine; and
+``tiny`` a rehearsal. Weights are random, seeds fixed, nothing is downloaded. Each form runs in a process of its own,
+ours twice: the second run is what counts, and the first, which compiles kernels, is reported beside it.
 
 Forms: ``ours``; ``eager``, the plain way (autograd's weight gradients, tokens in lists, ``pca_lowrank``, the full
 forward); ``trimmed``, the same without the layers above the loss layers, as the authors' code has it; ``ascent``,
@@ -42,7 +42,7 @@ from cir.data.facts import load_facts
 from cir.data.tokens import Batch
 from cir.forgetting.batches import fact_batches, text_batches
 from cir.forgetting.questions import joined, questions
-from cir.forgetting.update import sign_step
+from cir.forgetting.update import sign_step, sizes
 from cir.measures import token_losses
 from cir.model.capture import answering
 from cir.model.sites import find_stack
@@ -220,7 +220,8 @@ class Run:
 
     def unlearn(self) -> Report:
         """The default, as users call it."""
-        steps = self.config.max_epochs * DEFAULT.check_every
+        steps, tokens = self.config.max_epochs * DEFAULT.check_every, self.config.disruption_tokens
+        config = replace(DEFAULT, max_steps=steps, layers=self.share, disruption_tokens=tokens)
         return cir.unlearn(
             self.model,
             self.tokenizer,
@@ -228,7 +229,7 @@ class Run:
             contrast=self.contrast,
             retain=self.retain,
             disruption=self.disruption,
-            config=replace(DEFAULT, max_steps=steps, layers=self.share, disruption_tokens=self.config.disruption_tokens),
+            config=config,
             progress=False,
         )
 
@@ -252,7 +253,8 @@ class Run:
                 rows = joined([part.read(tape) for part in asked])
                 if float(rows.odds.min()) > TAUGHT:
                     return
-                sign_step(tape.mlps, rows.tokens, TEACHING_RATE, lesson)
+                lengths = [TEACHING_RATE * size for size in sizes(tape.mlps)]
+                sign_step(tape.mlps, rows.tokens, lengths, lesson)
         raise RuntimeError(f"expected facts to be known after {LESSONS} lessons, got log-odds {rows.odds.tolist()}")
 
     def weight_bytes(self) -> int:

@@ -118,8 +118,7 @@ def outer_update_(
     remainder: Tensor | None = None,
     sign: bool = False,
 ) -> Tensor:
-    """W <- W + scale * G^T A in place, or + scale * sign(G^T A); half-precision W is summed in float32 and rounded once.
-    """
+    """W <- W + scale * G^T A in place, or its signs; half-precision W is summed in float32 and rounded once."""
     dtype = _compute_dtype(w.dtype)
     alpha = scale.item()
     a = a.to(dtype)

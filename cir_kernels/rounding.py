@@ -31,7 +31,7 @@ def random_bits(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
 
 
 def _mix(x: Any) -> Any:
-    """Of an integer, or each of a tensor of them: the lowbias32 hash (Wellons 2018): each bit of the input flips each of the output half the time."""
+    """The lowbias32 hash of integers (Wellons 2018): each bit of the input flips each of the output half the time."""
     x = x ^ (x >> 16)
     x = (x * _FIRST) & _MASK
     x = x ^ (x >> 15)

@@ -15,10 +15,11 @@ from cir.config import CIRConfig
 from cir.data.facts import Fact
 from cir.forgetting.memory import tokens_at_once
 from cir.forgetting.plan import EpochLosses
-from cir.forgetting.questions import Questions, Rows, joined, peers, questions
+from cir.forgetting.questions import Questions, Rows, joined, peers, questions, together
 from cir.forgetting.subspace import SiteSubspaces
-from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, sign_step, snapshot
+from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, sign_step, sizes, snapshot
 from cir.model.capture import AnswerCapture, Tokens
+from cir.model.replay import Replays
 from cir.model.sites import Target, sites_of
 
 LEAST_FALL = 2.0
@@ -69,10 +70,12 @@ class Forgetter:
         self._tape, self._targets, self._common, self._config = tape, targets, common, config
         self._random = random.Random(config.seed)
         device = targets[0].linear.weight.device
-        at_once = at_once or tokens_at_once(device)
+        self._at_once = at_once = at_once or tokens_at_once(device)
         self._weight = sum(float(t.linear.weight.detach().double().norm()) ** 2 for t in targets) ** 0.5
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
         self._spare: list[Tensor] | None = None
+        self._relearning = [RELEARNING_RATE * size for size in sizes(tape.mlps)]
+        self._replays = Replays({target.linear.weight.device for target in tape.mlps})
         self._steps_left = config.max_steps
         self._left: dict[int, set[int]] = {}
         self._before: dict[int, Tensor] = {}
@@ -134,7 +137,7 @@ class Forgetter:
             NonFiniteError: on a NaN or infinity.
         """
         config, parts = self._config, self._batches[number]
-        read = [self._read(part) for part in parts]
+        read = self._read(parts)
         rows = joined(read)
         mean = float(rows.odds.mean())
         if not torch.isfinite(rows.odds).all():
@@ -157,9 +160,23 @@ class Forgetter:
         with phase("update"):
             add_outer(self._targets, step.tokens, scale, self._config.rounding, self._updates, self._remainders)
 
-    def _read(self, part: Sequence[Questions]) -> Rows:
+    def _read(self, parts: Sequence[Sequence[Questions]]) -> list[Rows]:
+        """The rows of each part, in as few forwards as they fit into."""
         with phase("forward, backward"):
-            return joined([asked.read(self._tape) for asked in part])
+            forwards = [asked for part in parts for asked in part]
+            if not self._replays.active:
+                forwards = together(forwards, self._at_once)
+            rows = joined([self._ask(asked) for asked in forwards])
+            return rows.split([sum(len(asked.at) for asked in part) for part in parts])
+
+    def _ask(self, asked: Questions) -> Rows:
+        def read() -> dict[str, Tensor]:
+            rows = asked.read(self._tape)
+            return {"odds": rows.odds, **rows.tokens}
+
+        found = self._replays(id(asked), read)
+        odds = found.pop("odds")
+        return Rows(asked.owners, odds, found)
 
     def _returning(self, parts: Sequence[Sequence[Questions]]) -> list[Rows]:
         """The rows of each part after others were relearned, each part once; the weights are then as before."""
@@ -169,11 +186,11 @@ class Forgetter:
         found: dict[int, Rows] = {}
         self._spare = snapshot(self._tape.mlps, into=self._spare, near=True)
         for asked, others in (halves, halves[::-1]) if halves[0] else ((order, ()),):
-            relearned = [parts[i] for i in others] or [self._peers]
+            relearned = [question for i in others for question in parts[i]] or self._peers
             try:
                 for _ in range(self._config.relearning_steps):
-                    self._relearn(joined([self._read(part) for part in relearned]))
-                found |= {i: self._read(parts[i]) for i in asked}
+                    self._relearn(*self._read([relearned]))
+                found |= dict(zip(asked, self._read([parts[i] for i in asked]), strict=True))
             finally:
                 restore(self._tape.mlps, self._spare)
         return [found[i] for i in range(len(parts))]
@@ -182,7 +199,7 @@ class Forgetter:
         """Raise the log-odds of ``rows`` as an attacker does: all over the MLPs, and nothing is collapsed."""
         self._updates += 1
         with phase("relearn"):
-            sign_step(self._tape.mlps, rows.tokens, RELEARNING_RATE, self._updates)
+            sign_step(self._tape.mlps, rows.tokens, self._relearning, self._updates)
 
     def _dosed(self, rows: Rows) -> Tokens:
         """The rows collapsed, those of each fact scaled to its dose."""

@@ -59,6 +59,13 @@ class Questions:
         hidden = self.below.hidden[0] if isinstance(self.below.hidden, tuple) else self.below.hidden
         return hidden.flatten(0, -2)[self.below.places[self.at].to(hidden.device)]
 
+    @property
+    def width(self) -> tuple[int, ...] | None:
+        """Shape of a row of the forward, which must be the same for rows to be run in one; None if that cannot be."""
+        if self.below.hidden is not None and not isinstance(self.below.hidden, Tensor):
+            return None
+        return tuple(self.below.inputs["input_ids"].shape[1:])
+
     def _asked(self, tape: AnswerCapture) -> tuple[Tensor, Hidden]:
         logits, hidden = tape.predict(self.below, self.at)
         logits, answers = at_least_float32(logits), self.answers.to(logits.device)[:, None]
@@ -86,6 +93,15 @@ class Rows:
             kept = kept.nonzero().squeeze(1)  # once: each indexing by a mask would wait for the device
         tokens = {name: rows[kept.to(rows.device)] for name, rows in self.tokens.items()}
         return Rows(self.owners[kept], self.odds[kept], tokens)
+
+    def split(self, counts: Sequence[int]) -> list[Rows]:
+        """In parts of so many."""
+        tokens = {name: rows.split(list(counts)) for name, rows in self.tokens.items()}
+        pairs = zip(self.owners.split(list(counts)), self.odds.split(list(counts)), strict=True)
+        return [
+            Rows(owners, odds, {name: pieces[i] for name, pieces in tokens.items()})
+            for i, (owners, odds) in enumerate(pairs)
+        ]
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -123,6 +139,34 @@ def questions(
     ]
     first = opening(tokenizer)
     return [_asked(tape, part, first, device) for part in _parts(told, at_once)]
+
+
+def together(parts: Sequence[Questions], at_once: int) -> list[Questions]:
+    """The same in as few forwards of at most ``at_once`` tokens as their order and their widths allow."""
+    groups: list[list[Questions]] = []
+    for part in parts:
+        last = groups[-1] if groups else []
+        tokens = sum(len(other.below.places) for other in [*last, part])
+        fits = last and tokens <= at_once
+        if fits and part.width is not None and part.width == last[0].width:
+            last.append(part)
+        else:
+            groups.append([part])
+    return [group[0] if len(group) == 1 else _in_one_forward(group) for group in groups]
+
+
+def _in_one_forward(parts: Sequence[Questions]) -> Questions:
+    """Of one width."""
+    below = [part.below for part in parts]
+    inputs = {name: torch.cat([b.inputs[name] for b in below]) for name in below[0].inputs}
+    run, real, places, at = 0, 0, [], []
+    for part in parts:
+        places.append(part.below.places + run)
+        at.append(part.at + real)
+        run, real = run + part.below.inputs["input_ids"].numel(), real + len(part.below.places)
+    hidden = None if below[0].hidden is None else torch.cat([b.hidden for b in below])
+    answers, owners = (torch.cat([getattr(part, name) for part in parts]) for name in ("answers", "owners"))
+    return Questions(Below(inputs, torch.cat(places), hidden), torch.cat(at), answers, owners)
 
 
 def likeness(facts: Sequence[Questions], others: Sequence[Questions]) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cir.data.tokens import Batch
-from cir.measures import TOKENS_PER_FORWARD
+from cir.forgetting.memory import tokens_at_once
 from cir.model.capture import AnswerCapture
 
 
@@ -20,7 +20,7 @@ class Reread:
         self._tape = tape
         self._parts = [
             (chunk, tape.below(Batch(chunk, torch.ones_like(chunk, dtype=torch.bool))))
-            for chunk in rows.to(tape.device).split(max(1, TOKENS_PER_FORWARD // rows.shape[1]))
+            for chunk in rows.to(tape.device).split(max(1, tokens_at_once(tape.device) // rows.shape[1]))
         ]
 
     @torch.no_grad()
@@ -31,5 +31,5 @@ class Reread:
             at = torch.arange(chunk.numel(), device=chunk.device).view_as(chunk)[:, :-1].flatten()
             logits, _ = self._tape.predict(below, at, keep=False)
             for ids, own in zip(chunk, logits.split(chunk.shape[1] - 1), strict=True):
-                found.append(F.cross_entropy(own.float(), ids[1:].to(own.device), reduction="none").cpu())
-        return torch.stack(found)
+                found.append(F.cross_entropy(own.float(), ids[1:].to(own.device), reduction="none"))
+        return torch.stack([losses.cpu() for losses in found])

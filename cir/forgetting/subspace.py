@@ -292,7 +292,7 @@ class SubspaceStream:
         if shape[1] == site.width:
             return None
         key = (*shape, device)
-        if key not in self._random:  # sites of one shape share the draw and its memory, of which each stream has its own
+        if key not in self._random:  # sites of one shape share the draw, of which each stream has its own
             drawn = torch.randn(shape, generator=self._generator) / site.width**0.5
             self._random[key] = drawn.to(device, torch.bfloat16)
         omega = self._random[key]

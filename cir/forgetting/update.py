@@ -95,20 +95,27 @@ def plain_step(
 
 
 @torch.no_grad()
-def sign_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], rate: float, seed: int) -> None:
-    """W <- W + rate * rms(W) * sign(G^T A): a first step of Adam.
+def sizes(targets: Sequence[Target]) -> list[Tensor]:
+    """Root mean square of each weight, as scalars on their devices."""
+    weights = [target.linear.weight for target in targets]
+    norms = [torch.linalg.vector_norm(w, dtype=at_least_float32(w[:0]).dtype) for w in weights]
+    return [norm / weight.numel() ** 0.5 for norm, weight in zip(norms, weights, strict=True)]
+
+
+@torch.no_grad()
+def sign_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], lengths: Sequence[Tensor], seed: int) -> None:
+    """W <- W + length * sign(G^T A) for each target: a first step of Adam.
 
     Args:
-        targets, tokens: as for :func:`selective_step`, the rows as they are. seed: of the rounding of 16-bit weights.
+        targets, tokens: as for :func:`selective_step`, rows as they are. lengths: scalars on the weights' devices.
+        seed: of the rounding of 16-bit weights.
     """
-    for place, target in enumerate(targets):
-        weight = target.linear.weight
-        rms = torch.linalg.vector_norm(weight, dtype=at_least_float32(weight[:0]).dtype) / weight.numel() ** 0.5
+    for place, (target, length) in enumerate(zip(targets, lengths, strict=True)):
         outer_update_(
-            weight,
+            target.linear.weight,
             tokens[target.gradient.name],
             tokens[target.activation.name],
-            rate * rms,
+            length,
             rounding="stochastic",  # to nearest, most of so small a step would be dropped from 16 bits
             seed=seed * len(targets) + place,
             sign=True,
@@ -122,11 +129,9 @@ def _on_host(loss: Tensor | None, value: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def snapshot(
-    targets: Sequence[Target], into: Sequence[Tensor] | None = None, near: bool = False
-) -> list[Tensor]:
+def snapshot(targets: Sequence[Target], into: Sequence[Tensor] | None = None, near: bool = False) -> list[Tensor]:
     """Copies of the target weights, on the host; in the memory of an earlier snapshot, ``into``, where given. With
-    ``near``, beside the weights where their device has twice the room, from where they are back some ten times as fast.
+    ``near``, beside the weights where their device has twice the room, from where they are back much faster.
     """
     weights = [target.linear.weight for target in targets]
     if into is None and near and _roomy(weights):

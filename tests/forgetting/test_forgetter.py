@@ -11,9 +11,9 @@ from cir.config import CIRConfig
 from cir.data.facts import load_facts
 from cir.forgetting.fitting import fitted
 from cir.forgetting.forgetter import Forgetter, doses
-from cir.forgetting.questions import joined, likeness, peers, questions
+from cir.forgetting.questions import joined, likeness, peers, questions, together
 from cir.forgetting.subspace import SiteSubspaces
-from cir.forgetting.update import NonFiniteError, restore, sign_step, snapshot
+from cir.forgetting.update import NonFiniteError, restore, sign_step, sizes, snapshot
 from cir.measures import recall
 from cir.model.capture import answering
 from cir.model.sites import find_stack
@@ -58,12 +58,20 @@ def test_rows_are_those_of_the_answers_however_they_are_batched(opened, at_once)
     _, tokenizer, _, tape = opened
     whole = read(tape, tokenizer, FACTS[:5])
     parts = asked(tape, tokenizer, FACTS[:5], at_once)
-    assert len(parts) == {8: 10, 32: 3, 512: 1}[at_once]
+    assert len(parts) == {8: 10, 32: 2, 512: 1}[at_once]
     rows = joined([part.read(tape) for part in parts])
     assert rows.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     torch.testing.assert_close(rows.odds, whole.odds, atol=1e-4, rtol=1e-4)
     for name, x in whole.tokens.items():
         torch.testing.assert_close(rows.tokens[name], x, atol=1e-4, rtol=1e-3)
+    # The same parts in fewer forwards, and apart again.
+    forwards = together(parts, 40)
+    assert len(forwards) == {8: 2, 32: 2, 512: 1}[at_once]
+    again = joined([part.read(tape) for part in forwards]).split([3, 7])
+    assert [len(part.odds) for part in again] == [3, 7]
+    torch.testing.assert_close(joined(again).odds, whole.odds, atol=1e-4, rtol=1e-4)
+    for name, x in whole.tokens.items():
+        torch.testing.assert_close(joined(again).tokens[name], x, atol=1e-4, rtol=1e-3)
 
 
 def test_without_probes_the_tokens_count_that_the_sentence_alone_tells(opened, monkeypatch):
@@ -217,7 +225,8 @@ def test_where_a_fact_is_alone_contrast_facts_are_relearned(opened):
         """Log-odds of the fact after contrast facts were trained on."""
         before = snapshot(tape.mlps)
         for number in range(6):
-            sign_step(tape.mlps, joined([part.read(tape) for part in contrast]).tokens, 3e-3, number)
+            lengths = [3e-3 * size for size in sizes(tape.mlps)]
+            sign_step(tape.mlps, joined([part.read(tape) for part in contrast]).tokens, lengths, number)
         odds = float(read(tape, tokenizer, FACTS[:1]).odds.mean())
         restore(tape.mlps, before)
         return odds

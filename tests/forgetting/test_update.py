@@ -8,7 +8,7 @@ from cir.config import BreakingConfig
 from cir.data.facts import load_facts
 from cir.forgetting.batches import fact_batches
 from cir.forgetting.breaking import Breaker
-from cir.forgetting.update import NonFiniteError, plain_step, restore, selective_step, sign_step, snapshot
+from cir.forgetting.update import NonFiniteError, plain_step, restore, selective_step, sign_step, sizes, snapshot
 from cir.model.capture import capture
 from cir.model.sites import find_stack, sites_of
 from tests import oracle
@@ -48,7 +48,7 @@ def test_plain_step_is_sgd(model):
 def test_a_sign_step_moves_every_weight_by_as_much_on_average(dtype):
     targets = find_stack(tiny_llama(dtype)).targets(0)
     tokens, before = {n: x.to(dtype) for n, x in random_tokens(targets).items()}, snapshot(targets)
-    sign_step(targets, tokens, 1e-3, seed=3)
+    sign_step(targets, tokens, [1e-3 * size for size in sizes(targets)], seed=3)
     for target, weight in zip(targets, before, strict=True):
         signs = oracle.outer_sum(tokens[target.gradient.name], tokens[target.activation.name]).sign()
         moved = (target.linear.weight.double() - weight.double()) * signs / weight.double().square().mean().sqrt()
