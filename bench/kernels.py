@@ -1,6 +1,6 @@
 """Every operation against PyTorch eager and torch.compile, on a GPU.
 
-    python -m bench.kernels [--seconds 300] [--out bench/results]
+    python -m bench.kernels [--seconds 300] [--compile] [--out bench/results]
 
 The forms take turns, each on a cold L2 cache; medians and quantiles of device time. Bytes and FLOPs are those that
 no form can do without, and the floor is the larger of their times at the ceilings measured in the same run. A
@@ -28,7 +28,8 @@ from bench.records import ROOT, write_rows
 from cir_kernels import reference
 from cir_kernels.outer import uses_gram
 
-TOKENS, WIDTHS, RANKS = (64, 256, 1280, 4096), (4096, 14336), (24, 36, 64, 512)
+TOKENS, WIDTHS, RANKS = (256, 4096, 64, 1280), (4096, 14336), (24, 64, 512)
+"""The first matter most: of a step of one fact's peers, and of a batch."""
 DATASHEET = {"copy": 4.8e12, "matmul": 9.89e14}
 """NVIDIA's figures for the H200: bytes/s of memory, dense bfloat16 FLOP/s. Predictions alone use them."""
 CACHE, LAUNCH = 5.5e12, 2.5e-6
@@ -225,12 +226,13 @@ def ceilings() -> dict[str, float]:
 def timed(run: Forms, repeats: int) -> dict[str, list[float]]:
     """Seconds on the device, cold cache, the forms in turn."""
     flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
+    flushes = 16  # about 1.5 ms, in which the host launches what follows
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in run}
     for _ in range(repeats):
         for name, function in run.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()  # also keeps the device busy while the host launches what follows
-            flush.zero_()
+            for _ in range(flushes):
+                flush.zero_()
             start.record()
             function()
             end.record()
@@ -239,8 +241,10 @@ def timed(run: Forms, repeats: int) -> dict[str, list[float]]:
     return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
 
 
-def measure(case: Case, at: dict[str, float]) -> list[dict[str, Any]]:
+def measure(case: Case, at: dict[str, float], compiles: bool) -> list[dict[str, Any]]:
     run, error_in_units = forms(case)
+    if not compiles:
+        del run["compile"]
     common = {**described(case), "ceiling_copy": at["copy"], "ceiling_matmul": at["matmul"]}
     error = error_in_units()
     if not error < 4:
@@ -248,6 +252,7 @@ def measure(case: Case, at: dict[str, float]) -> list[dict[str, Any]]:
     for function in run.values():
         for _ in range(3):
             function()
+    torch.cuda.synchronize()
     seconds = timed(run, repeats=21)
     floor = max(case.bytes / at["copy"], case.flops / at["matmul"])
     rows = []
@@ -310,9 +315,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     shown = [r for r in rows if r["form"] in ("triton", "predicted") and r["D"] == 4096 and r["k"] in (24, None)]
     for op in dict.fromkeys(r["op"] for r in shown):
         own = [r for r in shown if r["op"] == op and "of_floor" in r]
+        own.sort(key=lambda r: r["T"])
         axes.plot([r["T"] for r in own], [100 * r["of_floor"] for r in own], marker="o", label=op)
     axes.set(xscale="log", xlabel="tokens T", ylabel="% of the floor", title=f"D = 4096, {shown[0]['form']}")
-    axes.set_xticks(TOKENS, [str(t) for t in TOKENS])
+    axes.set_xticks(sorted(TOKENS), [str(t) for t in sorted(TOKENS)])
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -334,6 +340,7 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="stop before a case that starts later")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too, seconds a case")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     arguments = parser.parse_args()
     on_gpu, start = torch.cuda.is_available(), time.perf_counter()
@@ -344,7 +351,7 @@ def main() -> None:
         if time.perf_counter() - start > arguments.seconds:
             print("out of time: the cases that are left were not measured")
             break
-        own = measure(case, at) if on_gpu else [predict(case)]
+        own = measure(case, at, arguments.compile) if on_gpu else [predict(case)]
         if on_gpu:
             write_rows(arguments.out / "kernels.jsonl", own)
             torch.compiler.reset()

@@ -36,13 +36,13 @@ import torch
 import cir
 from bench.eager import EagerCIR
 from bench.records import ROOT, mark_memory, process_memory, write_rows
-from cir import CIRConfig, Edit, Editor, Fact, Report, Subspaces
-from cir.config import BreakingConfig
+from cir import CIRConfig, Edit, EditError, Editor, Fact, Report, Subspaces
+from cir.config import BreakingConfig, EditConfig
 from cir.data.facts import load_facts
 from cir.data.tokens import Batch
 from cir.forgetting.batches import fact_batches, text_batches
 from cir.forgetting.questions import joined, questions
-from cir.forgetting.update import sign_step, sizes
+from cir.forgetting.update import fingerprint, sign_step, sizes
 from cir.measures import token_losses
 from cir.model.capture import answering
 from cir.model.sites import find_stack
@@ -51,6 +51,8 @@ from cir.proof.relearning import sentence_loss
 WORDS = 4096
 CONTRAST = 48
 """Facts that are told to stay: as many as are built in."""
+EDIT_STEPS = 12
+"""At most, which is what an edit took of SmolLM2."""
 TAUGHT, TEACHING_RATE, LESSONS = -2.0, 0.05, 60
 """Log-odds at which a fact is known that is to be edited out, and the steps towards it, see :func:`sign_step`."""
 TASKS = [
@@ -233,16 +235,24 @@ class Run:
             progress=False,
         )
 
-    def edit(self) -> Callable[[], Edit]:
+    def edit(self) -> Callable[[], Edit | None]:
         """What is done beforehand, and then the call; each of the next fact."""
-        config = CIRConfig(layers=self.share)
-        facts = self.facts[:2]
-        self._teach(facts)
+        facts, share = self.facts[:2], CIRConfig(layers=self.share)
         subspaces = Subspaces.fit(
-            self.model, self.tokenizer, self.retain, self.contrast, config=config, progress=False
+            self.model, self.tokenizer, self.retain, self.contrast, config=share, progress=False
         )
-        editor = Editor(self.model, self.tokenizer, subspaces, text=self.disruption)
-        return lambda: editor.forget(facts.pop(0))
+        self._teach(facts)
+        subspaces.fitted_on["fingerprint"] = fingerprint(self.stack.writers(subspaces.fitted_on["layers"][0]))
+        config = EditConfig(max_steps=EDIT_STEPS)
+        editor = Editor(self.model, self.tokenizer, subspaces, text=self.disruption, config=config)
+
+        def forget() -> Edit | None:
+            try:
+                return editor.forget(facts.pop(0))
+            except EditError:  # after all its steps: a random model may have nothing that is the fact's alone
+                return None
+
+        return forget
 
     def _teach(self, facts: list[Fact]) -> None:
         """Steps by the signs of the gradient until ``facts`` are known."""
@@ -281,10 +291,13 @@ def measured(name: str, task: str, form: str, epochs: int) -> dict[str, Any]:
         "first_seconds": first,
         "peak_bytes": peak_memory(run.device) - before,
         "total_bytes": peak_memory(run.device),
+        "reserved_bytes": torch.cuda.max_memory_reserved() if run.device.type == "cuda" else None,
         "weight_bytes": run.weight_bytes(),
         "epochs": epochs,
         "phases": told.seconds if isinstance(told, Report) else None,
+        "log_odds": [epoch.forget_loss for epoch in told.epochs] if isinstance(told, Report) else None,
         "steps": told.steps if isinstance(told, Edit) else None,
+        "recall": [told.before.recall, told.after.recall] if isinstance(told, Edit) else None,
     }
 
 

@@ -269,6 +269,7 @@ def score(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[
     # Neighbours in length share a forward, so that little of it is padding.
     order = sorted(range(len(encoded)), key=lambda i: sum(map(len, encoded[i])))
     scores: dict[int, Score] = {}
+    found: list[Tensor] = []
     width = max((sum(map(len, pair)) for pair in encoded), default=1)
     step = max(1, TOKENS_PER_FORWARD // width)
     for start in range(0, len(order), step):
@@ -286,7 +287,9 @@ def score(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[
             head, tail = encoded[i]
             logprobs = logits[row, len(head) - 1 - first :][: len(tail)].float().log_softmax(-1)
             own = logprobs[range(len(tail)), tail]
-            scores[i] = Score(float(own.sum()), float((own == logprobs.amax(-1)).float().mean()), len(tail))
+            found.append(torch.stack([own.sum(), (own == logprobs.amax(-1)).float().mean()]))
+    for i, (logprob, greedy) in zip(order, torch.stack(found).tolist() if found else [], strict=True):
+        scores[i] = Score(logprob, greedy, len(encoded[i][1]))  # one wait for the device
     return [scores[i] for i in range(len(encoded))]
 
 
