@@ -49,8 +49,8 @@ PARTS = [
     ),
     Part("default", 120, ("bench.step", "--tasks", "unlearn:ours", "edit:ours")),
     Part("kernels", 60, ("bench.kernels", "--seconds", "50")),
-    Part("paper", 60, ("bench.step", "--tasks", "W1:ours", "W1:saving")),
-    Part("eager", 90, ("bench.step", "--tasks", "W1:eager", "W1:ascent", "W1:trimmed")),
+    Part("paper", 75, ("bench.step", "--tasks", "W1:eager", "W1:ours")),
+    Part("others", 90, ("bench.step", "--tasks", "W1:saving", "W1:ascent", "W1:trimmed")),
 ]
 
 

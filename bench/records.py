@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -19,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment() -> dict[str, Any]:
-    """Commit, machine and versions. ``dirty`` says that the tree had uncommitted changes to tracked files."""
+    """Commit, machine and versions. ``dirty`` says that the tree had uncommitted changes to tracked files. Where there
+    is no git, COMMIT of the environment says which commit it is.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -55,7 +58,10 @@ def process_memory(field: str) -> int:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return done.stdout.strip()
 
 

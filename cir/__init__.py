@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cir.editing.edits import Edit
     from cir.forgetting.fitting import Subspaces
     from cir.forgetting.locate import locate
+    from cir.forgetting.planning import plan
     from cir.forgetting.profiling import profile
     from cir.forgetting.report import Report
     from cir.forgetting.unlearn import unlearn
@@ -34,6 +35,7 @@ _EXPORTS = {
     "evaluate": "cir.measures",
     "load_facts": "cir.data.facts",
     "locate": "cir.forgetting.locate",
+    "plan": "cir.forgetting.planning",
     "profile": "cir.forgetting.profiling",
     "relearn": "cir.proof.relearning",
     "unlearn": "cir.forgetting.unlearn",
@@ -53,6 +55,7 @@ __all__ = [
     "evaluate",
     "load_facts",
     "locate",
+    "plan",
     "profile",
     "relearn",
     "unlearn",

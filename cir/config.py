@@ -83,7 +83,7 @@ class CIRConfig:
     """
 
     layers: float | None = None
-    dose: float = 1.0
+    dose: float = 2.0
     floor: float = -4.0
     relearning_steps: int = 3
     relearning_floor: float = -4.5
@@ -92,7 +92,7 @@ class CIRConfig:
     ridge_gradient: float = 1e-2
     contrast_weight: float = 10.0
     text_weight: float = 1.0
-    rank: float = 0.25
+    rank: float = 0.125
     rounding: str = "stochastic"
     batch_size: int = 64
     max_length: int = 128

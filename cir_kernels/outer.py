@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -304,16 +305,9 @@ def outer_update_(
     " bool sign, str backend) -> ()"
 )
 def _outer_update(
-    w: Tensor,
-    g: Tensor,
-    a: Tensor,
-    scale: Tensor,
-    rounding: str,
-    seed: int,
-    remainder: Tensor | None,
-    sign: bool,
-    backend: str,
+    w: Tensor, g: Tensor, a: Tensor, scale: Tensor, rounding: str, seed: int, remainder: Tensor | None, *how: Any
 ) -> None:
+    sign, backend = how
     if backend == "torch":
         reference.outer_update_(w, g, a, scale, rounding, seed, remainder, sign)
         return

@@ -216,6 +216,22 @@ def _profile(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from cir import plan
+
+    found = plan(
+        arguments.model,
+        arguments.facts,
+        gpu=arguments.gpu,
+        sentences=arguments.sentences,
+        tokens=arguments.tokens,
+    )
+    if arguments.plot:
+        found.plot(arguments.plot)
+    print(found.to_json() if arguments.json else found.table())
+    return 0
+
+
 def _fit(arguments: argparse.Namespace) -> int:
     from cir import Subspaces, load_facts
     from cir.data.shipped import builtin_text
@@ -308,6 +324,7 @@ COMMANDS = {
     "eval": _eval,
     "attack": _attack,
     "profile": _profile,
+    "plan": _plan,
     "fit": _fit,
     "apply": _apply,
     "revert": _apply,

@@ -14,6 +14,7 @@ FACTS_HELP = (
 )
 CONTRAST_HELP = "facts that must stay: of the same relations with other subjects, and about the same subjects"
 PRESETS = ("default", "paper", "repselect")
+GPUS = ("a100-40", "a100-80", "l40s", "rtx4090", "rtx5090", "rtx-pro-6000", "h100", "h200", "b200")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     _add_eval(commands, [shared, sources])
     _add_attack(commands, [shared])
     _add_profile(commands, [shared, sources, texts])
+    _add_plan(commands)
     _add_fit(commands, [shared])
     _add_apply_and_revert(commands, [shared])
     return found
@@ -230,6 +232,22 @@ def _add_profile(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument("--preset", choices=PRESETS, default="default", help="as for `cir unlearn`")
     command.add_argument("--epochs", type=int, default=1, help="(default: %(default)s)")
     command.add_argument("--out", default="cir-profile", help="folder for what is found (default: %(default)s)")
+
+
+def _add_plan(commands: Any) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="see what a run will need and take on a GPU, before it is rented",
+        description="From the configuration of a model alone: no weights are loaded and no GPU is needed.",
+    )
+    command.add_argument("--model", required=True, help="a folder, a config.json or a hub id")
+    command.add_argument("--gpu", required=True, choices=GPUS, help="which it is to run on")
+    command.add_argument("--facts", type=int, required=True, metavar="N", help="how many")
+    command.add_argument("--sentences", type=int, default=3, metavar="N", help="of each (default: %(default)s)")
+    command.add_argument("--tokens", type=int, default=20, metavar="N", help="of a sentence (default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument("--plot", metavar="PNG", help="draw the seconds of each phase")
+    command.set_defaults(quiet=True)
 
 
 def _add_fit(commands: Any, parents: list[argparse.ArgumentParser]) -> None:

@@ -66,11 +66,19 @@ def tokens_at_once(device: torch.device) -> int:
     return ON_GPU if device.type == "cuda" else TOKENS_AT_ONCE
 
 
-def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], text: int, config: CIRConfig) -> Need:
+def needed_to_forget(
+    model: Any,
+    stack: Stack,
+    targets: Sequence[Target],
+    text: int,
+    config: CIRConfig,
+    device: torch.device | None = None,
+) -> Need:
     """What :func:`cir.unlearn` takes, by counting: bases, the moments that they are solved from and, without a GPU,
     copies of the updated and of the relearned weights; hidden states of what is measured of ``text`` tokens; the rows
-    of a step's tokens, twice, at about four sentences a fact.
+    of a step's tokens, twice, at about four sentences a fact. ``device``: of the model, where it is not there yet.
     """
+    device = device or model.device
     sites = sites_of(targets)
     ranks = {site: rank_at(site, config.rank) for site in sites}
     size = targets[0].linear.weight.element_size()
@@ -81,11 +89,11 @@ def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], text: 
     held = max(sum(4 * columns * site.width for site, columns in sketched.items()), _moments(ranks) + solving)
     hidden, inner = sorted(stack.mlps[0].targets[0].linear.weight.shape)
     depth = len(targets) // 2
-    if model.device.type != "cuda":
+    if device.type != "cuda":
         held += (3 if config.full_check else 2) * sum(target.linear.weight.nbytes for target in targets)
         held += sum(target.linear.weight.nbytes for mlp in stack.mlps[-depth:] for target in mlp.targets)
+        held += 2 * 4 * hidden * inner  # a gradient and what a weight becomes, in float32, where it is relearned
     held += min(text, config.disruption_tokens or 0) * hidden * size
-    held += 3 * 4 * hidden * inner  # a weight, its gradient and what it becomes, in float32, where it is relearned
     return Need(
         held=held,
         rows=2 * 4 * config.batch_size * size * sum(site.width for site in sites),
@@ -95,7 +103,7 @@ def needed_to_forget(model: Any, stack: Stack, targets: Sequence[Target], text: 
             vocabulary * (size + 8),
             depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner) + vocabulary * (size + 12) // 4,
         ),
-        tokens=tokens_at_once(model.device),
+        tokens=tokens_at_once(device),
         check=vocabulary * (TOKENS_PER_FORWARD * size + WINDOW * 8),
     )
 

@@ -15,7 +15,7 @@ TINY = step.WORKLOADS["tiny"]
 
 @pytest.mark.parametrize("form", ["ours", "saving", "eager", "trimmed", "ascent"])
 def test_each_form_does_the_work_of_w1(form):
-    run = step.Run(TINY, epochs=2)
+    run = step.Run(TINY, 2)
     before = [target.linear.weight.detach().clone() for target in run.targets]
     run.batch(form)
     changed = [bool((t.linear.weight != w).any()) for t, w in zip(run.targets, before, strict=True)]
@@ -24,7 +24,7 @@ def test_each_form_does_the_work_of_w1(form):
 
 
 def test_the_default_takes_all_its_steps_of_all_facts():
-    report = step.Run(TINY, epochs=2).unlearn()
+    report = step.Run(TINY, 12).unlearn()
     assert report.stopped == "all epochs done"
     assert len(report.epochs) == 2
     assert len(report.unforgotten) == TINY.facts
@@ -32,7 +32,7 @@ def test_the_default_takes_all_its_steps_of_all_facts():
 
 
 def test_one_fact_after_the_other_is_edited_out():
-    call = step.Run(TINY, epochs=1).edit()
+    call = step.Run(TINY, 12).edit()
     for name in ("f0", "f1"):
         edit = call()
         assert edit.id == name
@@ -41,7 +41,7 @@ def test_one_fact_after_the_other_is_edited_out():
 
 
 def test_what_a_row_says():
-    row = json.loads(json.dumps(step.measured("tiny", "unlearn", "ours", epochs=1)))
+    row = json.loads(json.dumps(step.measured("tiny", "unlearn", "ours", 10)))
     assert row["facts"] == TINY.facts
     assert row["seconds"] > 0
     assert set(row["phases"]) == {"measure", "fit", "epochs", "total"}
