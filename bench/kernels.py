@@ -114,16 +114,6 @@ def _cases_of_rank(rows: int, width: int, rank: int) -> Iterator[Case]:
         (again + 16 * width * columns, read_again + summed, s * unit),
     )
     yield Case("accumulate_moments", rows, width, rank, x + sums, 2 * unit * columns, launches)
-    if rank > 36:  # wider test matrices are two calls
-        return
-    parts = 4.0 * rows * (columns + rank) * splits(64, 1)
-    launches = (
-        (x + omega + basis, x + (omega + basis) * rows / 64 + parts, (s + 2 * 64) * unit),
-        (0.0, 2 * parts, 0.0),
-        (again + x + 16 * width * columns, 2 * x + summed + 4.0 * rows * rank * width / 64, (s + 3 * k) * unit),
-    )
-    flops = 2 * unit * (columns + rank)
-    yield Case("collapse_and_accumulate", rows, width, rank, 2 * x + sums + basis, flops, launches)
 
 
 def forms(case: Case) -> tuple[Forms, Callable[[], float]]:
@@ -137,7 +127,7 @@ def forms(case: Case) -> tuple[Forms, Callable[[], float]]:
         return float((got.double() - want).norm() / want.norm())
 
     x = rand(case.rows, case.width)
-    if case.op in ("collapse", "accumulate_moments", "collapse_and_accumulate"):
+    if case.op in ("collapse", "accumulate_moments"):
         basis = torch.linalg.qr(rand(case.width, case.rank, dtype=torch.float32))[0]
         columns = case.rank + min(case.rank, 64) + 32
         omega = rand(case.width, columns)
@@ -157,20 +147,13 @@ def forms(case: Case) -> tuple[Forms, Callable[[], float]]:
             state.total.add_(x.sum(0))
             return state.action.add_(x.T @ (x @ omega))
 
-        def both() -> Tensor:
-            moments()
-            return x - (x @ basis.to(x.dtype)) @ basis.to(x.dtype).T
-
         def fresh() -> float:
             own = ck.accumulate_moments(ck.new_moments(case.width, omega, "cuda"), x)
             rows = x.double()
             return error(own.action, rows.T @ (rows @ omega.double())) / 2**-9
 
-        if case.op == "accumulate_moments":
-            ours: Callable[[], Tensor] = lambda: ck.accumulate_moments(state, x).action  # noqa: E731
-            return {"triton": ours, "eager": moments, "compile": _compiled(moments)}, fresh
-        ours = lambda: ck.collapse_and_accumulate(state, x, basis, out=out)  # noqa: E731
-        return {"triton": ours, "eager": both, "compile": _compiled(both)}, fresh
+        ours: Callable[[], Tensor] = lambda: ck.accumulate_moments(state, x).action  # noqa: E731
+        return {"triton": ours, "eager": moments, "compile": _compiled(moments)}, fresh
     if case.op == "accumulate_scatter":
         c = torch.zeros(case.width, case.width, device="cuda")
 

@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment() -> dict[str, Any]:
-    """Commit, machine and versions. ``dirty`` says that the tree had uncommitted changes to tracked files. Where there
-    is no git, COMMIT of the environment says which commit it is.
+    """Commit, machine and versions. ``dirty`` says that the tree had uncommitted changes to tracked files.
+
+    Where there is no git, COMMIT of the environment says which commit it is.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

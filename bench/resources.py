@@ -73,13 +73,9 @@ def launches() -> list[Launch]:
             for rank, mask in ((24, None), (36, None), (64, None), (512, None), (24, x[:, 0] > 0)):
                 if dtype != torch.bfloat16 and rank in (36, 64):
                     continue  # the same kernels as at 24
-                basis, omega = torch.empty(width, rank), torch.empty(width, rank + min(rank, 64) + 32)
-                state = ck.new_moments(width, omega)
-                sums = (state.count, state.total, state.action)
-                ops.collapse(x, basis, None, mask, x, "triton")
-                ops.accumulate_moments(x, omega, None, None, mask, *sums, None, "triton")
-                if rank <= 64 and omega.shape[1] <= 128 and dtype == torch.bfloat16:
-                    ops.accumulate_moments(x, omega, basis, None, mask, *sums, x, "triton")
+                state = ck.new_moments(width, torch.empty(width, rank + min(rank, 64) + 32))
+                ops.collapse(x, torch.empty(width, rank), None, mask, x, "triton")
+                ops.accumulate_moments(x, state.omega, mask, state.count, state.total, state.action, "triton")
             for sum_type, mean in itertools.product((torch.float32, torch.float64), (None, torch.empty(width))):
                 # Packed as moments have it, the others full.
                 packed = sum_type == torch.float64 and mean is None
@@ -128,6 +124,27 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {key: int(re.search(rf"{key}:(\d+)", printed).group(1)) for key in ("REG", "STACK", "LOCAL")}
 
 
+def overtaken(ttgir: str) -> list[str]:
+    """Shared buffers that a copy may overwrite while an asynchronous product still reads them.
+
+    A product that is still pending when the next copies are issued needs a slot more than the copies are ahead.
+    Triton gives every operand of a loop as many slots as the loop has stages, but for one that is used elsewhere too.
+    """
+    if not any(int(pending) for pending in re.findall(r"warp_group_dot_wait .*pendings = (\d+)", ttgir)):
+        return []
+    slots = {m[1]: int(m[2]) for m in re.finditer(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", ttgir)}
+    source = re.compile(r"(%\w+) = ttg\.memdesc_(?:index|trans|subslice|reshape|reinterpret) (%\w+)")
+    origin = {m[1]: m[2] for m in source.finditer(ttgir)}
+    read = set()
+    for m in re.finditer(r"warp_group_dot (%\w+), (%\w+),.*isAsync = true", ttgir):
+        for operand in m.groups():
+            while operand in origin:
+                operand = origin[operand]
+            read.add(operand)
+    most = max((slots[name] for name in read if name in slots), default=0)
+    return sorted(name for name in read if slots.get(name, most) < most)
+
+
 def occupancy(target: int, registers: int, shared: int, warps: int) -> float:
     """Share of a multiprocessor's threads that blocks of this size fill."""
     threads = 32 * warps
@@ -169,6 +186,7 @@ def _measure_one(place: int) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "shared_limit": SHARED_LIMIT[target],
         "occupancy": occupancy(target, used["REG"], compiled.metadata.shared, options["num_warps"]),
+        "overtaken": overtaken(compiled.asm["ttgir"]),
         "tensor_cores": sorted(set(TENSOR_CORES.findall(compiled.asm["ptx"]))),
     }
 

@@ -6,7 +6,7 @@ arguments and run the one that fits, or the one that ``backend=`` or CIR_KERNELS
 """
 
 from cir_kernels.collapse import collapse
-from cir_kernels.moments import Moments, accumulate_moments, collapse_and_accumulate, new_moments
+from cir_kernels.moments import Moments, accumulate_moments, new_moments
 from cir_kernels.outer import outer_norm_sq, outer_update_
 from cir_kernels.rounding import ROUNDINGS
 from cir_kernels.scatter import accumulate_scatter, symmetric
@@ -17,7 +17,6 @@ __all__ = [
     "accumulate_moments",
     "accumulate_scatter",
     "collapse",
-    "collapse_and_accumulate",
     "new_moments",
     "outer_norm_sq",
     "outer_update_",

@@ -67,15 +67,9 @@ def _collapse(x: Tensor, basis: Tensor, mixer: Tensor | None, mask: Tensor | Non
     if backend == "torch" or basis.shape[1] >= LIBRARY_FROM:
         reference.collapse(x, basis, mixer, mask, out)
     elif x.numel():
-        left, right = sides(basis, mixer)
-        coefficients, _ = project(x, None, left, mask)
-        subtract(x, coefficients, right, mask, out)
-
-
-def sides(basis: Tensor, mixer: Tensor | None) -> tuple[Tensor, Tensor]:
-    """L and R (D, k) of X - (X L) R^T: P and P M."""
-    basis = basis.float()
-    return basis, basis if mixer is None else basis @ mixer.float()
+        left = basis.float()
+        right = left if mixer is None else left @ mixer.float()
+        subtract(x, project(x, left, mask), right, mask, out)
 
 
 def columns_block(columns: int, widest: int) -> int:
@@ -83,113 +77,82 @@ def columns_block(columns: int, widest: int) -> int:
     return min(widest, max(16, triton.next_power_of_2(columns))) if columns else 0
 
 
-def project(x: Tensor, omega: Tensor | None, basis: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """X against bfloat16 test and float32 basis columns together, from one trip over X.
+def project(x: Tensor, columns: Tensor, mask: Tensor | None) -> Tensor:
+    """X against a float32 basis or a bfloat16 test matrix (D, k), from one trip over X for each block of columns.
 
     Returns:
-        X [Omega, P] in float32 by splits of the width (splits, T, s + k), to be summed by who reads it, and
-        the largest entry of each row by split (splits, T). Masked rows are zero.
+        (splits, T, k) float32 by splits of the width, to be summed by who reads it. Masked rows are zero.
     """
     rows, width = x.shape
-    n_omega, n_basis = (0 if m is None else m.shape[1] for m in (omega, basis))
-    block_omega, block_basis = columns_block(n_omega, WIDEST_OMEGA), columns_block(n_basis, WIDEST_BASIS)
-    n_blocks = max(1, triton.cdiv(n_omega, WIDEST_OMEGA), triton.cdiv(n_basis, WIDEST_BASIS))
     half = x.dtype == torch.bfloat16
-    if n_omega and half:  # each block of rows reads all of Omega, which is more than X itself in small ones
-        block_rows, block_d = (128, 32) if rows > 2048 and not n_basis else (64, 32 if n_basis else 64)
+    if half and columns.dtype == torch.bfloat16:
+        # Each block of rows reads all of Omega, which is more than X itself in small ones.
+        widest, (block_rows, block_d) = WIDEST_OMEGA, (128, 32) if rows > 2048 else (64, 64)
     else:
-        block_rows, block_d = 32 if rows <= 256 else 64, 64 if half else 32
-    row_blocks = triton.cdiv(rows, block_rows)
+        widest, (block_rows, block_d) = WIDEST_BASIS, (32, 64 if half else 32) if rows <= 256 else (64, 32)
+    row_blocks, n_blocks = triton.cdiv(rows, block_rows), triton.cdiv(columns.shape[1], widest) or 1
     splits = max(1, min(16, PROGRAMS // (row_blocks * n_blocks), triton.cdiv(width, 4 * BLOCK_D)))
     split_width = triton.cdiv(triton.cdiv(width, splits), BLOCK_D) * BLOCK_D
-    parts = x.new_empty(splits, rows, n_omega + n_basis, dtype=torch.float32)
-    largest = x.new_empty(splits, rows, dtype=torch.float32)
-    left, right = (x if m is None else m for m in (omega, basis))
+    parts = x.new_empty(splits, rows, columns.shape[1], dtype=torch.float32)
     _project_kernel[(row_blocks, splits, n_blocks)](
         x,
-        left,
-        right,
+        columns,
         mask,
         parts,
-        largest,
         rows,
         width,
         split_width,
-        n_omega,
-        n_basis,
+        columns.shape[1],
         *x.stride(),
-        *left.stride(),
-        *right.stride(),
+        *columns.stride(),
         BLOCK_T=block_rows,
         BLOCK_D=block_d,
-        BLOCK_OMEGA=block_omega,
-        BLOCK_BASIS=64 if n_omega and n_basis else block_basis,  # beside 128 columns, 32 spill where 64 do not
+        BLOCK_K=columns_block(max(1, columns.shape[1]), widest),
         num_warps=8,
         num_stages=3,
     )
-    return parts, largest
+    return parts
 
 
+# X is read for the product alone: beside another use, Triton 3.6 pipelines it through one buffer fewer than an
+# asynchronous product reads from, which then overtakes it; tests/kernels/test_resources.py looks for that.
 @triton.jit
 def _project_kernel(
     x_ptr,
-    omega_ptr,
-    basis_ptr,
+    columns_ptr,
     mask_ptr,
     parts_ptr,
-    largest_ptr,
     n_tokens,
     width,
     split_width,
-    n_omega,
-    n_basis,
+    n_columns,
     stride_xt,
     stride_xd,
-    stride_od,
-    stride_os,
-    stride_bd,
-    stride_bk,
+    stride_cd,
+    stride_ck,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_OMEGA: tl.constexpr,
-    BLOCK_BASIS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    i_split, i_block = tl.program_id(1), tl.program_id(2)
     o_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    o_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_t = o_t < n_tokens
+    kept = m_t
     if mask_ptr is not None:
-        m_t &= tl.load(mask_ptr + o_t, mask=m_t, other=0) != 0
-    largest = tl.zeros((BLOCK_T,), tl.float32)
-    if BLOCK_OMEGA:
-        o_s = i_block * BLOCK_OMEGA + tl.arange(0, BLOCK_OMEGA)
-        acc_omega = tl.zeros((BLOCK_T, BLOCK_OMEGA), tl.float32)
-    if BLOCK_BASIS:
-        o_k = i_block * BLOCK_BASIS + tl.arange(0, BLOCK_BASIS)
-        acc_basis = tl.zeros((BLOCK_T, BLOCK_BASIS), tl.float32)
-    start = i_split * split_width
+        kept &= tl.load(mask_ptr + o_t, mask=m_t, other=0) != 0
+    acc = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    start = tl.program_id(1) * split_width
     for d in range(start, min(start + split_width, width), BLOCK_D):
         o_d = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
         m_d = o_d < width
         p_x = x_ptr + o_t[:, None] * stride_xt + o_d[None, :] * stride_xd
-        b_x = tl.load(p_x, mask=m_t[:, None] & m_d[None, :], other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(b_x).to(tl.float32), axis=1))
-        if BLOCK_OMEGA:
-            p_o = omega_ptr + o_d[:, None] * stride_od + o_s[None, :] * stride_os
-            b_o = tl.load(p_o, mask=m_d[:, None] & (o_s < n_omega)[None, :], other=0.0)
-            acc_omega = dot_split(b_x, b_o, acc_omega)
-        if BLOCK_BASIS:
-            p_b = basis_ptr + o_d[:, None] * stride_bd + o_k[None, :] * stride_bk
-            b_b = tl.load(p_b, mask=m_d[:, None] & (o_k < n_basis)[None, :], other=0.0)
-            acc_basis = dot_split(b_x, b_b, acc_basis)
-    m_t = o_t < n_tokens
-    p_row = i_split * tl.cast(n_tokens, tl.int64) + o_t
-    if i_block == 0:
-        tl.store(largest_ptr + p_row, largest, mask=m_t)
-    p_out = parts_ptr + p_row[:, None] * (n_omega + n_basis)
-    if BLOCK_OMEGA:
-        tl.store(p_out + o_s[None, :], acc_omega, mask=m_t[:, None] & (o_s < n_omega)[None, :])
-    if BLOCK_BASIS:
-        tl.store(p_out + n_omega + o_k[None, :], acc_basis, mask=m_t[:, None] & (o_k < n_basis)[None, :])
+        p_c = columns_ptr + o_d[:, None] * stride_cd + o_k[None, :] * stride_ck
+        b_x = tl.load(p_x, mask=kept[:, None] & m_d[None, :], other=0.0)
+        b_c = tl.load(p_c, mask=m_d[:, None] & (o_k < n_columns)[None, :], other=0.0)
+        acc = dot_split(b_x, b_c, acc)
+    p_row = tl.program_id(1) * tl.cast(n_tokens, tl.int64) + o_t
+    p_out = parts_ptr + p_row[:, None] * n_columns + o_k[None, :]
+    tl.store(p_out, acc, mask=m_t[:, None] & (o_k < n_columns)[None, :])
 
 
 def subtract(x: Tensor, parts: Tensor, right: Tensor, mask: Tensor | None, out: Tensor) -> None:

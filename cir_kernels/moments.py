@@ -17,18 +17,9 @@ import torch
 from torch import Tensor
 
 from cir_kernels import reference
-from cir_kernels._checks import check_basis, check_device, check_mask, check_out, check_rows
+from cir_kernels._checks import check_basis, check_device, check_mask, check_rows
 from cir_kernels._dispatch import dot_split, narrow, register, resolve, tl, triton
-from cir_kernels.collapse import (
-    WIDEST_BASIS,
-    WIDEST_OMEGA,
-    collapse,
-    columns_block,
-    less_projection,
-    load_parts,
-    project,
-    sides,
-)
+from cir_kernels.collapse import WIDEST_OMEGA, columns_block, load_parts, project
 from cir_kernels.scatter import accumulate_scatter
 
 
@@ -92,39 +83,8 @@ def accumulate_moments(
         state.total.add_(rows.double().sum(0))
         accumulate_scatter(state.action, x, None, mask, backend=chosen)
         return state
-    _accumulate(x, state.omega, None, None, mask, state.count, state.total, state.action, None, chosen)
+    _accumulate(x, state.omega, mask, state.count, state.total, state.action, chosen)
     return state
-
-
-def collapse_and_accumulate(
-    state: Moments,
-    x: Tensor,
-    basis: Tensor,
-    mixer: Tensor | None = None,
-    mask: Tensor | None = None,
-    out: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """:func:`accumulate_moments` of ``x`` as it is and :func:`cir_kernels.collapse` of it, in one trip over X.
-
-    Arguments, results and errors are those of the two. It is two calls where one program cannot hold the columns of
-    both in its registers: beyond 127 of Omega or 64 of the basis, and for rows that are not bfloat16.
-    """
-    _check(state, x, mask)
-    check_basis(basis, mixer, x.shape[1])
-    check_device(x=x, basis=basis, mixer=mixer, out=out)
-    fits = state.omega is not None and state.omega.shape[1] < WIDEST_OMEGA and 0 < basis.shape[1] <= WIDEST_BASIS
-    if not fits or x.dtype != torch.bfloat16:
-        accumulate_moments(state, x, mask, backend=backend)
-        return collapse(x, basis, mixer, mask, out, backend=backend)
-    if out is None:
-        out = torch.empty_like(x)
-    else:
-        check_out(out, x)
-    chosen = resolve(backend, x)
-    _accumulate(x, state.omega, basis, mixer, mask, state.count, state.total, state.action, out, chosen)
-    return out
 
 
 def _check(state: Moments, x: Tensor, mask: Tensor | None) -> None:
@@ -134,98 +94,69 @@ def _check(state: Moments, x: Tensor, mask: Tensor | None) -> None:
 
 
 @register(
-    "accumulate_moments(Tensor x, Tensor omega, Tensor? basis, Tensor? mixer, Tensor? mask, Tensor(a!) count,"
-    " Tensor(b!) total, Tensor(c!) action, Tensor(d!)? out, str backend) -> ()"
+    "accumulate_moments(Tensor x, Tensor omega, Tensor? mask, Tensor(a!) count, Tensor(b!) total, Tensor(c!) action,"
+    " str backend) -> ()"
 )
 def _accumulate(
-    x: Tensor,
-    omega: Tensor,
-    basis: Tensor | None,
-    mixer: Tensor | None,
-    mask: Tensor | None,
-    count: Tensor,
-    total: Tensor,
-    action: Tensor,
-    out: Tensor | None,
-    backend: str,
+    x: Tensor, omega: Tensor, mask: Tensor | None, count: Tensor, total: Tensor, action: Tensor, backend: str
 ) -> None:
     count += len(x) if mask is None else mask.sum()
     if backend == "torch":
         reference.accumulate_moments(x, omega, mask, total, action)
-        if out is not None and basis is not None:
-            reference.collapse(x, basis, mixer, mask, out)
     elif x.numel():
-        _launch(x, omega, basis, mixer, mask, total, action, out)
+        _launch(x, omega, mask, total, action)
 
 
-def _launch(
-    x: Tensor,
-    omega: Tensor,
-    basis: Tensor | None,
-    mixer: Tensor | None,
-    mask: Tensor | None,
-    total: Tensor,
-    action: Tensor,
-    out: Tensor | None,
-) -> None:
+def _launch(x: Tensor, omega: Tensor, mask: Tensor | None, total: Tensor, action: Tensor) -> None:
     rows, width = x.shape
-    n_omega, rank = omega.shape[1], 0 if basis is None else basis.shape[1]
-    left, right = (None, omega) if basis is None else sides(basis, mixer)
-    parts, largest = project(x, omega, left, mask)
+    n_omega = omega.shape[1]
+    parts = project(x, omega, mask)
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, dtype=torch.float32)
+    if mask is not None:
+        largest.masked_fill_(~mask, 0)
     half = x.dtype == torch.bfloat16
     # The column after the last of X Omega is one, so that the sum of the rows comes out of the same product.
     n_columns = 16 * triton.cdiv(n_omega + 1, 16)
     coefficients = x.new_empty(rows, n_columns, dtype=torch.bfloat16 if half else torch.float32)
-    removed = x.new_empty(rows, rank, dtype=torch.float32)
     exact = x.new_empty(rows, n_omega, dtype=torch.float64)
     huge = x.new_empty(1 + rows, dtype=torch.int32)
-    _separate_kernel[(triton.cdiv(rows, 32), triton.cdiv(max(n_omega + 1, rank), 32))](
+    _separate_kernel[(triton.cdiv(rows, 32), triton.cdiv(n_omega + 1, 32))](
         x,
         omega,
         parts,
         largest,
         coefficients,
-        removed,
         exact,
         huge,
         rows,
         width,
         n_omega,
-        rank,
         len(parts),
         n_columns,
         *x.stride(),
         BLOCK_T=32,
         BLOCK_S=32,
-        BLOCK_D=128,
+        BLOCK_D=64,
         num_warps=4,
     )
-    out_or_x = x if out is None else out
     block_s = columns_block(n_omega + 1, WIDEST_OMEGA if half else 64)
     block_d = 64 if half else 32
     _moments_kernel[(triton.cdiv(width, block_d), triton.cdiv(n_omega + 1, block_s))](
         x,
         coefficients,
-        removed,
         exact,
         huge,
-        right,
         mask,
         total,
         action,
-        out_or_x,
         rows,
         width,
         n_omega,
-        rank,
         n_columns,
         *x.stride(),
-        *right.stride(),
-        *out_or_x.stride(),
-        BLOCK_T=64 if half and not rank else 32,
+        BLOCK_T=64 if half else 32,
         BLOCK_D=block_d,
         BLOCK_S=block_s,
-        BLOCK_K=columns_block(rank, WIDEST_BASIS),
         num_warps=8 if half else 4,
         num_stages=4 if half else 2,
     )
@@ -238,13 +169,11 @@ def _separate_kernel(
     parts_ptr,
     largest_ptr,
     coefficients_ptr,
-    removed_ptr,
     exact_ptr,
     huge_ptr,
     n_tokens,
     width,
     n_omega,
-    rank,
     n_parts,
     n_columns,
     stride_xt,
@@ -253,7 +182,7 @@ def _separate_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum the parts of X [Omega, P]; the few huge rows' X Omega becomes zero here, and float64 in ``exact``.
+    """Sum the parts of X Omega; the few huge rows' becomes zero here, and float64 in ``exact``.
 
     ``huge`` is the number of those rows and then which they are, in order.
     """
@@ -261,7 +190,7 @@ def _separate_kernel(
     bits = tl.zeros((1024,), tl.float32)
     counted = tl.zeros((1024,), tl.float32)
     for t in range(0, n_tokens, 1024):
-        b_all = _largest(largest_ptr, t + tl.arange(0, 1024), n_tokens, n_parts, n_tokens)
+        b_all = _largest(largest_ptr, t + tl.arange(0, 1024), n_tokens)
         bits += tl.where(b_all > 0, tl.log2(tl.maximum(b_all, 2e-38)), 0.0)
         counted += tl.where(b_all > 0, 1.0, 0.0)
     limit = tl.exp2(tl.sum(bits) / tl.maximum(tl.sum(counted), 1.0) + 4.0)
@@ -269,21 +198,18 @@ def _separate_kernel(
     o_t = (i_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     o_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
     m_t = o_t < n_tokens
-    b_l = _largest(largest_ptr, o_t, n_tokens, n_parts, n_tokens)
+    b_l = _largest(largest_ptr, o_t, n_tokens)
     huge = b_l > limit
-    b_c = load_parts(parts_ptr, o_t, o_s, n_tokens, n_omega + rank, n_parts)
+    b_c = load_parts(parts_ptr, o_t, o_s, n_tokens, n_omega, n_parts)
     b_c = tl.where((o_s == n_omega)[None, :], 1.0, b_c)
     b_c = tl.where((huge | (b_l == 0))[:, None] | (o_s > n_omega)[None, :], 0.0, b_c)
     p_c = coefficients_ptr + o_t[:, None] * n_columns + o_s[None, :]
     tl.store(p_c, narrow(b_c, coefficients_ptr.dtype.element_ty), mask=m_t[:, None] & (o_s < n_columns)[None, :])
-    if i_s * BLOCK_S < rank:
-        b_r = load_parts(parts_ptr, o_t, n_omega + o_s, n_tokens, n_omega + rank, n_parts)
-        tl.store(removed_ptr + o_t[:, None] * rank + o_s[None, :], b_r, mask=m_t[:, None] & (o_s < rank)[None, :])
 
     before = 0
     for t in range(0, i_t * BLOCK_T, 1024):
         o_all = t + tl.arange(0, 1024)
-        b_all = _largest(largest_ptr, o_all, i_t * BLOCK_T, n_parts, n_tokens)
+        b_all = _largest(largest_ptr, o_all, i_t * BLOCK_T)
         before += tl.sum((b_all > limit).to(tl.int32))
     place = before + tl.cumsum(huge.to(tl.int32)) - 1
     found = tl.sum(huge.to(tl.int32))
@@ -305,49 +231,36 @@ def _separate_kernel(
 
 
 @triton.jit
-def _largest(largest_ptr, o_t, end, n_parts, n_tokens):
-    """Largest entry of rows ``o_t``, over the splits of their width; 0 from row ``end`` on."""
-    b_l = tl.load(largest_ptr + o_t, mask=o_t < end, other=0.0)
-    for i in range(1, n_parts):
-        p_l = largest_ptr + i * tl.cast(n_tokens, tl.int64) + o_t
-        b_l = tl.maximum(b_l, tl.load(p_l, mask=o_t < end, other=0.0))
-    return b_l
+def _largest(largest_ptr, o_t, end):
+    """Largest entry of rows ``o_t``; 0 from row ``end`` on."""
+    return tl.load(largest_ptr + o_t, mask=o_t < end, other=0.0)
 
 
 @triton.jit
 def _moments_kernel(
     x_ptr,
     coefficients_ptr,
-    removed_ptr,
     exact_ptr,
     huge_ptr,
-    right_ptr,
     mask_ptr,
     total_ptr,
     action_ptr,
-    out_ptr,
     n_tokens,
     width,
     n_omega,
-    rank,
     n_columns,
     stride_xt,
     stride_xd,
-    stride_rd,
-    stride_rk,
-    stride_ot,
-    stride_od,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """[action, total] += X^T [C, 1], over all rows in order; out = X - C' R^T in passing where BLOCK_K > 0."""
+    """[action, total] += X^T [C, 1], over all rows in order."""
     o_d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     o_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     m_d = o_d < width
     n_huge = tl.load(huge_ptr)
-    if n_huge > 0:  # before X may be overwritten; a few columns at a time, as registers are short
+    if n_huge > 0:  # a few columns at a time, as registers are short
         for j in range(0, BLOCK_S, 16):
             o_j = tl.program_id(1) * BLOCK_S + j + tl.arange(0, 16)
             acc_huge = tl.zeros((BLOCK_D, 16), tl.float64)
@@ -359,10 +272,6 @@ def _moments_kernel(
             _add_sums(action_ptr, total_ptr, acc_huge, o_d, o_j, width, n_omega)
         tl.debug_barrier()  # other threads of this program add to the same sums below
     acc = tl.zeros((BLOCK_D, BLOCK_S), tl.float32)
-    if BLOCK_K:
-        o_k = tl.arange(0, BLOCK_K)
-        p_r = right_ptr + o_d[:, None] * stride_rd + o_k[None, :] * stride_rk
-        b_r = tl.load(p_r, mask=m_d[:, None] & (o_k < rank)[None, :], other=0.0)
     for t in range(0, n_tokens, BLOCK_T):
         o_t = (t + tl.arange(0, BLOCK_T)).to(tl.int64)
         m_t = o_t < n_tokens
@@ -374,12 +283,6 @@ def _moments_kernel(
         p_c = coefficients_ptr + o_t[:, None] * n_columns + o_s[None, :]
         b_c = tl.load(p_c, mask=m_t[:, None] & (o_s < n_columns)[None, :], other=0.0)
         acc = dot_split(tl.trans(b_x), b_c, acc)
-        if BLOCK_K:
-            p_k = removed_ptr + o_t[:, None] * rank + o_k[None, :]
-            b_k = tl.load(p_k, mask=m_t[:, None] & (o_k < rank)[None, :], other=0.0)
-            b_out = less_projection(b_x, b_k, b_r)
-            p_out = out_ptr + o_t[:, None] * stride_ot + o_d[None, :] * stride_od
-            tl.store(p_out, narrow(b_out, out_ptr.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
     _add_sums(action_ptr, total_ptr, acc.to(tl.float64), o_d, o_s, width, n_omega)
 
 

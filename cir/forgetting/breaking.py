@@ -197,7 +197,8 @@ class Breaker:
 
     def _observed_and_collapsed(self, tokens: Tokens) -> Tokens:
         if self._config.statistics == "tokens":
-            return self._stream.observe_and_collapse_(tokens, self._common)
+            self._stream.observe(tokens)
+            return self._common.collapse_(tokens)
         self._observe(tokens)
         return self._common.collapse_(tokens)
 

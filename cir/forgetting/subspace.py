@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cir.config import MODES, rank_at
 from cir.model.sites import Site
-from cir_kernels import Moments, accumulate_moments, collapse, collapse_and_accumulate, new_moments, symmetric
+from cir_kernels import Moments, accumulate_moments, collapse, new_moments, symmetric
 
 OVERSAMPLING = 32
 """Columns of the test matrix beyond twice the rank (beyond the rank + 64, where that is less)."""
@@ -256,18 +256,6 @@ class SubspaceStream:
         for site in self._sites:
             if site.name in tokens:
                 accumulate_moments(self._moments_at(site, tokens[site.name]), tokens[site.name])
-
-    def observe_and_collapse_(self, tokens: dict[str, Tensor], common: SiteSubspaces) -> dict[str, Tensor]:
-        """:meth:`observe` and then ``common.collapse_``, in one trip over the rows where a kernel can."""
-        both = [site for site in self._sites if site.name in tokens and site.name in common]
-        for site in both:
-            rows, subspace = tokens[site.name], common[site.name]
-            moments = self._moments_at(site, rows)
-            collapse_and_accumulate(moments, rows, subspace.basis, subspace.mixer, out=rows)
-        rest = {name: rows for name, rows in tokens.items() if name not in {site.name for site in both}}
-        self.observe(rest)
-        common.collapse_(rest)
-        return tokens
 
     def solve(self) -> SiteSubspaces:
         """Turn what was observed into subspaces, and start the next stream empty and warm."""

@@ -32,6 +32,7 @@ class Replays:
         self._active = len(devices) == 1 and all(device.type == "cuda" for device in devices)
         self._calls: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Values]] = {}
+        self._stream = torch.cuda.Stream() if self._active else None  # one, as memory is kept by stream
 
     @property
     def active(self) -> bool:
@@ -55,7 +56,7 @@ class Replays:
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, _ in self._graphs.values()), None)
         try:
-            with _capturing(graph, pool):
+            with _capturing(graph, pool, self._stream):
                 values = function()
             graph.replay()
             for name, value in values.items():
@@ -72,9 +73,9 @@ class Replays:
 
 
 @contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, apart: Any) -> Iterator[None]:
     """As :class:`torch.cuda.graph`, which gives all memory that is unused back to the driver first: half a second."""
-    current, apart = torch.cuda.current_stream(), torch.cuda.Stream()
+    current = torch.cuda.current_stream()
     apart.wait_stream(current)
     with torch.cuda.stream(apart):
         graph.capture_begin(*([] if pool is None else [pool]))

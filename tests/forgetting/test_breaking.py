@@ -110,7 +110,7 @@ def test_the_last_epoch_steps_like_any_other_and_fits_nothing(tokenizer, monkeyp
         method = getattr(SubspaceStream, name)
         monkeypatch.setattr(SubspaceStream, name, lambda *args: seen.append(name) or method(*args))
 
-    for name in ("observe", "observe_and_collapse_", "solve"):
+    for name in ("observe", "solve"):
         note(name)
 
     def after(last):
@@ -121,7 +121,7 @@ def test_the_last_epoch_steps_like_any_other_and_fits_nothing(tokenizer, monkeyp
         return epochs(tokenizer, tiny_llama(), number=0, before_epochs=epoch)[1], set(seen)
 
     (weights, fitted), (same, nothing) = after(False), after(True)
-    assert fitted == {"observe", "observe_and_collapse_", "solve"}
+    assert fitted == {"observe", "solve"}
     assert not nothing
     assert all(map(torch.equal, weights, same))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.resources import overtaken
 from cir_kernels._dispatch import HAS_TRITON
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,25 @@ def test_no_register_is_spilled_and_shared_memory_fits(rows):
     assert not spilled, spilled[:3]
     assert all(row["shared_bytes"] <= row["shared_limit"] for row in rows)
     assert all(row["occupancy"] > 0 for row in rows)
+
+
+def test_no_copy_overtakes_a_product(rows):
+    assert any(row["target"] == "sm_90" and "wgmma.mma_async" in row["tensor_cores"] for row in rows)
+    assert not [row for row in rows if row["overtaken"]]
+
+
+def test_a_buffer_short_of_a_slot_is_seen():
+    short = """
+      %b_x_46 = ttg.local_alloc : () -> !ttg.memdesc<2x64x64xbf16, #shared, #smem, mutable>
+      %b_o_47 = ttg.local_alloc : () -> !ttg.memdesc<3x64x128xbf16, #shared, #smem, mutable>
+      %b_x_144 = ttg.memdesc_index %b_x_46[%i] : !ttg.memdesc<2x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+      %b_o_150 = ttg.memdesc_index %b_o_47[%j] : !ttg.memdesc<3x64x128xbf16> -> !ttg.memdesc<64x128xbf16>
+      %151 = ttng.warp_group_dot %b_x_144, %b_o_150, %acc {inputPrecision = 0 : i32, isAsync = true} : ...
+      %152:3 = ttng.warp_group_dot_wait %151, %b_x_144, %b_o_150 {pendings = 1 : i32} : ...
+    """
+    assert overtaken(short) == ["%b_x_46"]
+    assert overtaken(short.replace("<2x64x64", "<3x64x64")) == []
+    assert overtaken(short.replace("pendings = 1", "pendings = 0")) == []
 
 
 def test_products_run_on_tensor_cores(rows):

@@ -91,24 +91,15 @@ def test_collapse(dtype, rows, width, how, mixed, masked, in_place, data):
     width=st.integers(2, 100),
     how=st.sampled_from(["plain", "rows", "columns"]),
     masked=st.booleans(),
-    fused=st.booleans(),
     data=st.data(),
 )
-def test_moments(dtype, pieces, width, how, masked, fused, data):
-    columns, rank = data.draw(st.integers(1, width)), data.draw(st.integers(0, min(width, 70)))
-    omega, basis = rand(width, columns, seed=3).bfloat16(), orthonormal(width, rank)
+def test_moments(dtype, pieces, width, how, masked, data):
+    omega = rand(width, data.draw(st.integers(1, width)), seed=3).bfloat16()
     x = rand(sum(pieces), width, dtype=dtype)
     mask = rand(len(x), seed=4) > 0 if masked else torch.ones(len(x), dtype=torch.bool, device=DEVICE)
     state = ck.new_moments(width, omega, DEVICE)
     for piece, kept in zip(x.split(pieces), mask.split(pieces), strict=True):
-        piece, kept = strided(piece, how), kept if masked else None
-        if not fused:
-            ck.accumulate_moments(state, piece, kept, backend="triton")
-            continue
-        want = ck.collapse(piece, basis, None, kept, backend="torch")
-        got = ck.collapse_and_accumulate(state, piece, basis, None, kept, out=piece, backend="triton")
-        assert got is piece
-        torch.testing.assert_close(got, want, atol=16 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
+        ck.accumulate_moments(state, strided(piece, how), kept if masked else None, backend="triton")
     kept_rows = x[mask].double()
     assert int(state.count) == len(kept_rows)
     sums = float(kept_rows.abs().sum()) + 1
@@ -116,6 +107,17 @@ def test_moments(dtype, pieces, width, how, masked, fused, data):
     want = kept_rows.T @ (kept_rows @ omega.double())
     plain = x[mask].T @ (x[mask] @ omega.to(dtype))
     no_worse(state.action, plain, want, units=64)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: the interpreter has no pipelines to race in")
+@pytest.mark.parametrize("rows", [64, 256, 1280, 4096])
+@pytest.mark.parametrize("columns", [80, 608])
+def test_moments_of_whole_layers(rows, columns):
+    # At these sizes an H100 gave sums that were 4 % off, where two buffers served three products.
+    x, omega = rand(rows, 4096).bfloat16(), rand(4096, columns, seed=1).bfloat16()
+    state = ck.accumulate_moments(ck.new_moments(4096, omega, DEVICE), x, backend="triton")
+    want = x.double().T @ (x.double() @ omega.double())
+    assert float((state.action - want).norm() / want.norm()) < 2**-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -277,7 +279,8 @@ def test_compiles_into_one_graph():
 
     def step(x, w, g):
         state = ck.new_moments(8, basis, DEVICE)
-        a = ck.collapse_and_accumulate(state, x, basis)
+        ck.accumulate_moments(state, x)
+        a = ck.collapse(x, basis)
         return ck.outer_update_(w, g, a, ck.outer_norm_sq([([g], a)]).float()), state.action
 
     x, w, g = rand(5, 8).float(), rand(6, 8, seed=1).float(), rand(5, 6, seed=2).float()

@@ -27,11 +27,12 @@ class Graph:
 @pytest.fixture
 def played(monkeypatch):
     @contextlib.contextmanager
-    def capturing(graph, pool):
+    def capturing(graph, pool, stream):
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(replay, "_capturing", capturing)
 
 
@@ -73,7 +74,7 @@ def test_the_third_call_is_a_replay_and_what_it_gave_is_kept(played):
 
 def test_what_cannot_be_captured_is_called_and_a_warning_says_so(played, monkeypatch, caplog):
     @contextlib.contextmanager
-    def refused(graph, pool):
+    def refused(graph, pool, stream):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
         yield
 
