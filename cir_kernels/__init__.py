@@ -5,6 +5,7 @@ a PyTorch form, in ``cir_kernels.reference``, for everything else; the functions
 arguments and run the one that fits, or the one that ``backend=`` or CIR_KERNELS_BACKEND asks for.
 """
 
+from cir_kernels import _trials  # noqa: F401 (what kernels have to show on a GPU)
 from cir_kernels.collapse import collapse
 from cir_kernels.moments import Moments, accumulate_moments, new_moments
 from cir_kernels.outer import outer_norm_sq, outer_update_

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ except ImportError:  # not Linux: kernels are defined but never run
     tl: Any = None  # type: ignore[no-redef]
     HAS_TRITON = False
 
+logger = logging.getLogger(__name__)
+
 BACKEND = "CIR_KERNELS_BACKEND"
 """Environment variable that names the backend where the caller does not: "torch" or "triton"."""
 _LIBRARY = torch.library.Library("cir_kernels", "DEF")
@@ -40,8 +43,30 @@ def constant(value: Any) -> Any:
 INTERPRETED = constant(INTERPRETING)
 
 
-def resolve(backend: str | None, x: Tensor) -> str:
+TRIALS: dict[str, Callable[[torch.device, torch.dtype], tuple[Tensor, Tensor]]] = {}
+"""By operation, what gives the results of the kernel and of the PyTorch form of a small random input."""
+CLOSE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+"""Relative distance of the two, at most."""
+
+
+@functools.cache
+def disagreement(operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel of ``operation`` is not to be used on ``device``; None where it gives what PyTorch gives.
+
+    A compiler for a GPU that nobody here has seen may be wrong in silence: one was (docs/gpu.md).
+    """
+    try:
+        got, want = (result.double() for result in TRIALS[operation](device, dtype))
+        apart = float((got - want).norm() / want.norm())
+        return None if apart <= CLOSE[dtype] else f"its result is {apart:.2g} of its length from PyTorch's"
+    except Exception as error:  # of whatever kind: it does not compile, or does not launch
+        return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def resolve(backend: str | None, x: Tensor, operation: str) -> str:
     """The backend for work on ``x``: the one asked for, by argument or else environment, or the best that runs.
+
+    The first time that a kernel is chosen on a GPU it has to show on a small input that it is right there.
 
     Raises:
         ValueError: if the name is unknown. RuntimeError: if the backend asked for cannot run on ``x``.
@@ -53,10 +78,25 @@ def resolve(backend: str | None, x: Tensor) -> str:
         return backend
     obstacle = _obstacle(x)
     if backend is None:
-        return "torch" if obstacle or not x.is_cuda else "triton"
+        return "torch" if obstacle or not x.is_cuda or not _trusted(operation, x) else "triton"
     if obstacle:
         raise RuntimeError(f"backend: expected one that can run here, got 'triton', but {obstacle}")
     return backend
+
+
+def _trusted(operation: str, x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return True  # it was tried when it ran before, to warm up
+    known = disagreement.cache_info().currsize
+    reason = disagreement(operation, x.device, x.dtype)
+    if reason is not None and disagreement.cache_info().currsize > known:
+        logger.warning(
+            "%s: PyTorch is used for it, as its kernel is not right on %s: %s; `cir doctor` shows more",
+            operation,
+            torch.cuda.get_device_name(x.device),
+            reason,
+        )
+    return reason is None
 
 
 def _obstacle(x: Tensor) -> str | None:

@@ -58,7 +58,7 @@ def collapse(
         out = torch.empty_like(x)
     else:
         check_out(out, x)
-    _collapse(x, basis, mixer, mask, out, resolve(backend, x))
+    _collapse(x, basis, mixer, mask, out, resolve(backend, x, "collapse"))
     return out
 
 

@@ -76,7 +76,7 @@ def accumulate_moments(
         RuntimeError: if the backend asked for cannot run.
     """
     _check(state, x, mask)
-    chosen = resolve(backend, x)
+    chosen = resolve(backend, x, "accumulate_moments")
     if state.omega is None:
         rows = x if mask is None else x.masked_fill(~mask[:, None], 0)
         state.count.add_(len(x) if mask is None else mask.sum())

@@ -42,7 +42,7 @@ def outer_norm_sq(groups: Sequence[Group], *, backend: str | None = None) -> Ten
             _check_pair(g, a)
         d_out = sum(g.shape[1] for g in grads)
         gram = uses_gram(len(a), a.shape[1], d_out)
-        by_form.setdefault((gram, resolve(backend, a), a.device, a.dtype), []).append((grads, a))
+        by_form.setdefault((gram, resolve(backend, a, "outer_norm_sq"), a.device, a.dtype), []).append((grads, a))
     for (gram, chosen, device, _), members in by_form.items():
         total = torch.zeros((), dtype=torch.float64, device=device)
         grads = [g for group, _ in members for g in group]
@@ -295,7 +295,7 @@ def outer_update_(
     if scale.numel() != 1:
         raise ValueError(f"scale: expected one number, got shape {tuple(scale.shape)}")
     check_device(w=w, g=g, scale=scale, remainder=remainder)
-    chosen = resolve(backend, w if w.dtype == torch.float64 else g)
+    chosen = resolve(backend, w if w.dtype == torch.float64 else g, "outer_update_")
     _outer_update(w, g, a, scale, rounding, seed, remainder, sign, chosen)
     return w
 

@@ -40,7 +40,7 @@ def accumulate_scatter(
         raise ValueError(f"mean: expected ({width},), got {tuple(mean.shape)}")
     check_mask(mask, len(x))
     check_device(c=c, x=x, mean=mean, mask=mask)
-    _accumulate_scatter(c, x, mean, mask, resolve(backend, x))
+    _accumulate_scatter(c, x, mean, mask, resolve(backend, x, "accumulate_scatter"))
     return c
 
 

@@ -232,6 +232,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cir.cli.doctor import run
+
+    return run()
+
+
 def _fit(arguments: argparse.Namespace) -> int:
     from cir import Subspaces, load_facts
     from cir.data.shipped import builtin_text
@@ -325,6 +331,7 @@ COMMANDS = {
     "attack": _attack,
     "profile": _profile,
     "plan": _plan,
+    "doctor": _doctor,
     "fit": _fit,
     "apply": _apply,
     "revert": _apply,

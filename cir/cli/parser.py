@@ -34,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
     _add_attack(commands, [shared])
     _add_profile(commands, [shared, sources, texts])
     _add_plan(commands)
+    commands.add_parser(
+        "doctor",
+        help="see what would run here, and whether it is right",
+        description="Versions, devices, and each kernel beside its PyTorch form. Exits with 1 if one differs.",
+    ).set_defaults(quiet=True)
     _add_fit(commands, [shared])
     _add_apply_and_revert(commands, [shared])
     return found

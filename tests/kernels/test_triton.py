@@ -15,7 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import cir_kernels as ck
-from cir_kernels import _dispatch, reference
+from cir_kernels import _dispatch, _trials, reference
 from cir_kernels.rounding import dither, join, random_bits, split
 from tests import oracle
 
@@ -291,14 +291,50 @@ def test_compiles_into_one_graph():
 
 def test_backend_is_chosen_by_argument_then_environment_then_device(monkeypatch):
     x, basis = rand(4, 6).float(), orthonormal(6, 2)
-    assert _dispatch.resolve(None, x) == ("triton" if ON_GPU else "torch")
+    assert _dispatch.resolve(None, x, "collapse") == ("triton" if ON_GPU else "torch")
     monkeypatch.setenv(_dispatch.BACKEND, "triton")
-    assert _dispatch.resolve(None, x) == "triton"
-    assert _dispatch.resolve("torch", x) == "torch"
+    assert _dispatch.resolve(None, x, "collapse") == "triton"
+    assert _dispatch.resolve("torch", x, "collapse") == "torch"
     with pytest.raises(ValueError, match="expected 'torch' or 'triton', got 'cuda'"):
         ck.collapse(x, basis, backend="cuda")
     with pytest.raises(RuntimeError, match="not float64"):
         ck.collapse(x.double(), basis, backend="triton")
+
+
+@pytest.mark.parametrize("operation", _dispatch.TRIALS)
+def test_a_kernel_that_is_right_stands_its_trial_and_one_that_is_not_does_not(operation, monkeypatch):
+    dtypes = DTYPES if ON_GPU else [torch.bfloat16]
+    if not ON_GPU:  # the interpreter takes its time
+        monkeypatch.setattr(_trials, "ROWS", 32)
+        monkeypatch.setattr(_trials, "WIDTH", 128)
+    _dispatch.disagreement.cache_clear()
+    for dtype in dtypes:
+        assert _dispatch.disagreement(operation, torch.device(DEVICE), dtype) is None
+    right = _dispatch.TRIALS[operation]
+    monkeypatch.setitem(_dispatch.TRIALS, operation, lambda *on: (right(*on)[1].double() * 1.05, right(*on)[1]))
+    _dispatch.disagreement.cache_clear()
+    reason = _dispatch.disagreement(operation, torch.device(DEVICE), torch.bfloat16)
+    assert "its result is 0.05 of its length from PyTorch's" in reason
+    monkeypatch.setitem(_dispatch.TRIALS, operation, lambda *on: 1 / 0)
+    _dispatch.disagreement.cache_clear()
+    assert _dispatch.disagreement(operation, torch.device(DEVICE), torch.bfloat16).startswith("ZeroDivisionError")
+    _dispatch.disagreement.cache_clear()
+
+
+def test_where_a_kernel_is_not_right_pytorch_is_used_and_a_warning_says_so_once(monkeypatch, caplog):
+    class OnGPU:
+        is_cuda, device, dtype = True, torch.device("cuda"), torch.float32
+
+    monkeypatch.setattr(_dispatch, "_obstacle", lambda x: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setitem(_dispatch.TRIALS, "collapse", lambda *on: (torch.ones(2), torch.ones(2) * 2))
+    _dispatch.disagreement.cache_clear()
+    assert [_dispatch.resolve(None, OnGPU(), "collapse") for _ in range(3)] == ["torch"] * 3
+    assert len(caplog.records) == 1
+    assert "its kernel is not right on a GPU: its result is 0.5 of its length" in caplog.text
+    assert _dispatch.resolve("triton", OnGPU(), "collapse") == "triton"  # asked for
+    _dispatch.disagreement.cache_clear()
 
 
 def test_without_the_interpreter_a_cpu_tensor_is_refused():
