@@ -24,6 +24,8 @@ from cir.model.sites import Target, sites_of
 
 LEAST_FALL = 2.0
 """Nats by which an answer has to fall that was not likely to begin with."""
+LEAST_DOSE = 0.5
+"""Nats of a dose where less than that is left to go: the first order is not all, and gone is below the floor."""
 PARTS = 4
 """Of the facts of a step: half of them are relearned, and the others are asked whether they come back."""
 RELEARNING_RATE = 1.5e-3
@@ -144,15 +146,15 @@ class Forgetter:
             raise NonFiniteError(f"expected finite log-odds, got a mean of {mean}; no weight was changed")
         before = self._before.setdefault(number, rows.odds)
         floors = (before - LEAST_FALL).clamp_max(config.floor if floor is None else floor)
-        live = rows.odds > floors
+        live, left = rows.odds > floors, rows.odds - floors
         if config.relearning_steps and (len(parts) > 1 or self._peers):
             back = self._returning(parts)
-            rows, live = _replaced(read, back, floors, config.relearning_floor)
+            rows, live, left = _replaced(read, back, floors, config.relearning_floor)
         count = int(live.sum())
         self._left[number] = set(rows.owners[live].tolist())
         if not count:
             return Step({}, mean, 0)
-        return Step(self._dosed(rows[live]), mean, count)
+        return Step(self._dosed(rows[live], left[live]), mean, count)
 
     def apply(self, step: Step, scale: float = 1.0) -> None:
         """Add ``scale`` times a step to the weights."""
@@ -201,8 +203,8 @@ class Forgetter:
         with phase("relearn"):
             sign_step(self._tape.mlps, rows.tokens, self._relearning, self._updates)
 
-    def _dosed(self, rows: Rows) -> Tokens:
-        """The rows collapsed, those of each fact scaled to its dose."""
+    def _dosed(self, rows: Rows, left: Tensor) -> Tokens:
+        """The rows collapsed, those of each fact scaled to its dose, which is no more than what is ``left`` to go."""
         config = self._config
         with phase("collapse, dose"):
             sites = sites_of(self._targets)
@@ -211,7 +213,7 @@ class Forgetter:
                 rows.owners,
                 _gram(self._targets, rows.tokens, collapsed),
                 _gram(self._targets, collapsed, collapsed),
-                config.dose,
+                left.clamp(min(LEAST_DOSE, config.dose), config.dose),
                 config.max_change * self._weight,
             )
             if not torch.isfinite(scale).all():
@@ -222,18 +224,18 @@ class Forgetter:
             return collapsed
 
 
-def doses(owners: Tensor, effects: Tensor, lengths: Tensor, dose: float, longest: float) -> Tensor:
+def doses(owners: Tensor, effects: Tensor, lengths: Tensor, dose: Tensor, longest: float) -> Tensor:
     """The scale (T,) of each fact's rows, the same for all of a fact.
 
     With dW = c sum_t G'_t^T A'_t over the rows t of a fact, its row t changes by c sum_u effects[t, u], to first
-    order. c is such that the mean over t is -``dose``, or ||dW|| is ``longest`` where that is less; 0 where the
-    collapse has left nothing of a fact.
+    order. c is such that the mean over t is that of -``dose``, or ||dW|| is ``longest`` where that is less; 0 where
+    the collapse has left nothing of a fact.
 
     Args:
-        owners: (T,) number of the fact of each row. effects, lengths: (T, T) sums over all linears of
-            (G_t . G'_u) (A_t . A'_u) and (G'_t . G'_u) (A'_t . A'_u).
+        owners: (T,) number of the fact of each row. dose: (T,) in nats.
+        effects, lengths: (T, T) sums over all linears of (G_t . G'_u) (A_t . A'_u) and (G'_t . G'_u) (A'_t . A'_u).
     """
-    facts, place, count = owners.unique(return_inverse=True, return_counts=True)
+    facts, place = owners.unique(return_inverse=True)
     same = place[:, None] == place
     effect, squared = (
         torch.zeros(len(facts), dtype=gram.dtype, device=gram.device).index_add_(
@@ -241,8 +243,8 @@ def doses(owners: Tensor, effects: Tensor, lengths: Tensor, dose: float, longest
         )
         for gram in (effects, lengths)
     )
-    count = count.to(effect)
-    scale = torch.minimum(dose * count / effect, longest * squared.clamp_min(0).rsqrt())
+    wanted = torch.zeros_like(effect).index_add_(0, place.to(effect.device), dose.to(effect))
+    scale = torch.minimum(wanted / effect, longest * squared.clamp_min(0).rsqrt())
     return -torch.where((effect <= 0) | (squared <= 0), torch.zeros_like(scale), scale)[place.to(scale.device)]
 
 
@@ -259,15 +261,19 @@ def _gram(targets: Sequence[Target], left: Tokens, right: Tokens) -> Tensor:
     return total
 
 
-def _replaced(read: Sequence[Rows], back: Sequence[Rows], floors: Tensor, returned: float) -> tuple[Rows, Tensor]:
-    """Of each row the one that came back, where it did, and whether it is not gone."""
+def _replaced(
+    read: Sequence[Rows], back: Sequence[Rows], floors: Tensor, returned: float
+) -> tuple[Rows, Tensor, Tensor]:
+    """Of each row the one that came back, where it did; whether it is not gone; and by how many nats."""
     now, then = joined(read), joined(back)
     returns = then.odds > returned
     tokens = {
         name: torch.where(returns[:, None].to(rows.device), then.tokens[name], rows)
         for name, rows in now.tokens.items()
     }
-    return Rows(now.owners, now.odds, tokens), returns | (now.odds > floors)
+    left = now.odds - floors
+    left = torch.where(returns, left.maximum(then.odds - returned), left)
+    return Rows(now.owners, now.odds, tokens), returns | (now.odds > floors), left
 
 
 def _mean(values: Sequence[float]) -> float:

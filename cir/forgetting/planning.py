@@ -38,10 +38,14 @@ GPUS = {
     "h200": GPU(141e9, 4.8e12, 989e12, 67e12),
     "b200": GPU(180e9, 8.0e12, 2250e12, 40e12),
 }
-ARITHMETIC, MEMORY, DOUBLE = 0.45, 0.8, 0.4
-"""Of the datasheet's rates, what whole layers, copies and solves reach; measured on an H100, docs/gpu.md."""
+ARITHMETIC, REPLAYED, MEMORY, DOUBLE = 0.41, 0.36, 0.8, 0.4
+"""Of the datasheet's rates, what layers of 2048 tokens, replayed ones of a thousand, copies and solves reach. These
+and the times of the host are fitted to one run on an H100, docs/gpu.md; for other GPUs they are guesses.
+"""
 HOST_FORWARD, HOST_BACKWARD = 1.2e-3, 1.5e-3
-"""Seconds in which the host launches a layer, where no CUDA graph does; measured beside that H100."""
+"""Seconds in which the host launches a layer, where no CUDA graph does."""
+HOST_STEP, HOST_CAPTURE, HOST_EDIT, HOST_FIT = 0.045, 0.1, 0.6, 0.6
+"""Seconds of the host for a step beside its reads, to capture a graph, and once for an edit and a fit."""
 STEPS, EDIT_STEPS = 12, 12
 """Of a batch of facts, and of one by the Editor: what SmolLM2 took, docs/method.md."""
 
@@ -64,10 +68,10 @@ class Phase:
         return max(self.by_bound, key=lambda name: self.by_bound[name], default="nothing")
 
     def add(
-        self, gpu: GPU, count: float, flops: float, moved: float, host: float = 0.0, double: bool = False
+        self, gpu: GPU, count: float, flops: float, moved: float, host: float = 0.0, rate: float | None = None
     ) -> None:
         """``count`` pieces of work, one after the other: each takes as long as what holds it up longest."""
-        rate = DOUBLE * gpu.double if double else ARITHMETIC * gpu.matmul
+        rate = ARITHMETIC * gpu.matmul if rate is None else rate
         waits = {"arithmetic": flops / rate, "memory": moved / (MEMORY * gpu.bandwidth), "host": host}
         name = max(waits, key=lambda wait: waits[wait])
         self.flops, self.bytes, self.host = (
@@ -201,8 +205,10 @@ def plan(
         assumed=(
             f"{steps} steps of each batch, {EDIT_STEPS} of an edit; {sentences} sentences of {tokens} tokens a fact",
             f"{len(shape.stack.mlps) - shape.first} of {len(shape.stack.mlps)} layers are updated",
-            f"layers run at {ARITHMETIC:.0%} of the datasheet's FLOP/s, copies at {MEMORY:.0%} of its bandwidth",
+            f"layers run at {ARITHMETIC:.0%} of the datasheet's FLOP/s, in graphs of 1,000 tokens at {REPLAYED:.0%}",
+            f"copies at {MEMORY:.0%} of its bandwidth, solves at {DOUBLE:.0%} of its float64 FLOP/s",
             f"the host launches a layer in {1e3 * HOST_FORWARD:.1f} ms, its backward in {1e3 * HOST_BACKWARD:.1f} ms",
+            f"and takes {1e3 * HOST_STEP:.0f} ms of a step; fitted to one run on an H100",
         ),
     )
 
@@ -244,7 +250,8 @@ class _Shape:
     def _read(self, phase: Phase, gpu: GPU, count: float, tokens: float, replayed: bool = True) -> None:
         """Forward and backward of the upper layers; a graph of one or two thousand tokens costs the host nothing."""
         host = 0.0 if replayed else self.count * (HOST_FORWARD + HOST_BACKWARD)
-        phase.add(gpu, count, 2 * self._flops(self.upper, tokens), 2 * self.upper + self.head, host)
+        rate = (REPLAYED if replayed else ARITHMETIC) * gpu.matmul
+        phase.add(gpu, count, 2 * self._flops(self.upper, tokens), 2 * self.upper + self.head, host, rate)
 
     def measure(self, gpu: GPU, config: CIRConfig, facts: int, tokens: int, steps: int) -> Phase:
         found, text, at_once = Phase(), config.disruption_tokens or 0, tokens_at_once(torch.device("cuda"))
@@ -265,7 +272,9 @@ class _Shape:
             columns = columns_at(site, rank_at(site, config.rank))
             rows = config.retain_tokens if site.kind == "activation" else config.retain_tokens / 4
             found.add(gpu, 1, 4 * rows * site.width * columns, 16 * site.width * columns)
-            found.add(gpu, 1, 8 * site.width * columns**2, 8 * 8 * site.width * columns, double=True)
+            solve = 8 * site.width * columns**2
+            found.add(gpu, 1, solve, 8 * 8 * site.width * columns, rate=DOUBLE * gpu.double)
+        found.add(gpu, 1, 0.0, 0.0, HOST_FIT)
         return found
 
     def steps(self, gpu: GPU, config: CIRConfig, tokens: int, batches: int, steps: int) -> Phase:
@@ -273,12 +282,14 @@ class _Shape:
         parts = max(1.0, each / 1024)
         self._read(found, gpu, batches * steps * parts * (2 + config.relearning_steps), each / parts)
         self._change(found, gpu, batches * steps, 2 * config.relearning_steps, 3)
+        found.add(gpu, batches * parts, 0.0, 0.0, HOST_CAPTURE)
         return found
 
     def _change(self, found: Phase, gpu: GPU, steps: float, relearned: int, copies: int) -> None:
         """Weights read and written as others are relearned, put back and stepped."""
         moved = 2 * (relearned + copies) * self.relearned + 2 * self.written
         found.add(gpu, steps, 0.0, moved)
+        found.add(gpu, steps, 0.0, 0.0, HOST_STEP)
 
     def edit(self, gpu: GPU, edit: EditConfig, config: CIRConfig, own: int, tokens: int) -> Phase:
         found, depth = Phase(), len(self.stack.mlps)
@@ -287,6 +298,7 @@ class _Shape:
         self._read(found, gpu, config.relearning_steps * steps, PEERS * tokens)
         self._read(found, gpu, 4, PEERS * tokens, replayed=False)  # before they are captured, and as they are
         self._change(found, gpu, steps, config.relearning_steps, 2)
+        found.add(gpu, 1, 0.0, 0.0, HOST_EDIT + 2 * HOST_CAPTURE)
         whole, looks = self.lower + self.upper, steps / edit.check_every + 2
         self._forward(found, gpu, looks, whole, depth, own)
         at_once = tokens_at_once(torch.device("cuda"))

@@ -127,19 +127,20 @@ def test_doses_are_their_formula():
     g, a, dg, da = (torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (3, 6, 3, 6))
     effects, lengths = (g @ dg.T) * (a @ da.T), (dg @ dg.T) * (da @ da.T)
     effects = effects.abs()
-    scale = doses(owners, effects, lengths, 2.0, 1e9)
+    wanted = torch.tensor([2.0, 1.0, 2.5, 3.0, 1.5])  # of each fact 2 in the mean
+    scale = doses(owners, effects, lengths, wanted, 1e9)
     for fact in (1, 4):
         own = owners == fact
         assert len(scale[own].unique()) == 1
         changes = scale[own][0] * effects[own][:, own].sum(1)
         assert float(changes.mean()) == pytest.approx(-2.0)
-    short = doses(owners, effects, lengths, 2.0, 0.01)
+    short = doses(owners, effects, lengths, wanted, 0.01)
     for fact in (1, 4):
         own = owners == fact
         change = float(short[own][0]) * oracle.outer_sum(dg[own], da[own])
         assert float(change.norm()) == pytest.approx(0.01)
     effects[owners == 1] = 0
-    assert not doses(owners, effects, lengths, 2.0, 1.0)[owners == 1].any()
+    assert not doses(owners, effects, lengths, wanted, 1.0)[owners == 1].any()
 
 
 def test_what_contrast_facts_use_is_hardly_touched(opened):
@@ -268,3 +269,21 @@ def test_many_facts_are_forgotten_batch_by_batch(opened):
     assert losses.gone
     assert len(calls) % 3 == 0
     assert max(recall(model, tokenizer, FACTS[:7]).values()) < 0.05
+
+
+def test_a_dose_is_no_more_than_what_is_left_to_go(opened):
+    _, tokenizer, targets, tape = opened
+    config = replace(CONFIG, dose=0.5, floor=-1e-3, relearning_steps=0)
+    forgetter = Forgetter(tape, targets, tokenizer, FACTS[:1], NOTHING, config)
+    first = forgetter.step()  # all has two nats to go at least
+    left = torch.full_like(read(tape, tokenizer, FACTS[:1]).odds, 0.5)
+    rows = read(tape, tokenizer, FACTS[:1])
+    full, half, least = (forgetter._dosed(rows, left * share) for share in (4.0, 1.0, 0.0))
+    for name, tokens in first.tokens.items():
+        torch.testing.assert_close(full[name], tokens)
+        torch.testing.assert_close(half[name], tokens)  # as much as the dose is
+        torch.testing.assert_close(least[name], tokens)  # LEAST_DOSE, which is no more than the dose
+    larger = Forgetter(tape, targets, tokenizer, FACTS[:1], NOTHING, replace(config, dose=2.0))
+    name = targets[0].gradient.name
+    torch.testing.assert_close(larger._dosed(rows, left * 3)[name], 3 * full[name])
+    torch.testing.assert_close(larger._dosed(rows, left * 40)[name], 4 * full[name])
