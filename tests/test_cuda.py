@@ -7,7 +7,9 @@ import torch
 
 import cir
 from cir.config import BreakingConfig, CIRConfig
+from cir.model import replay
 from cir.model.offload import offloaded, upper_modules
+from cir.model.replay import Replays
 from cir.model.sites import find_stack
 from tests.tiny import TEXT, facts, tiny_llama
 
@@ -45,6 +47,23 @@ def test_the_step_on_a_gpu_is_the_step_on_a_cpu(tokenizer, config):
     total = torch.stack([change.norm() for change in want.values()]).norm()
     apart = torch.stack([(change - moved[name]).norm() for name, change in want.items()]).norm()
     assert float(total) > 0
+    assert float(apart / total) < 1e-2
+
+
+def test_graphs_give_what_calls_give(tokenizer, monkeypatch):
+    captured = []
+    capture = Replays._capture
+    monkeypatch.setattr(
+        Replays, "_capture", lambda self, key, *rest: captured.append(key) or capture(self, key, *rest)
+    )
+    moved = unlearned(tokenizer, "cuda", torch.float32, config=PAIRS)[1]
+    assert captured
+    monkeypatch.setattr(replay, "CAPTURED_AT", 10**9)
+    count = len(captured)
+    want = unlearned(tokenizer, "cuda", torch.float32, config=PAIRS)[1]
+    assert len(captured) == count
+    total = torch.stack([change.norm() for change in want.values()]).norm()
+    apart = torch.stack([(change - moved[name]).norm() for name, change in want.items()]).norm()
     assert float(apart / total) < 1e-2
 
 

@@ -218,7 +218,13 @@ def _fake(model: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if isinstance(model, str | Path):
-        model = AutoConfig.from_pretrained(model)
+        try:
+            model = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"model: expected a folder with config.json, that file, or a hub id, got {str(model)!r}: {reason}"
+            ) from error
     dtype = model.dtype or torch.bfloat16
     with FakeTensorMode():
         return AutoModelForCausalLM.from_config(model, dtype=dtype)

@@ -32,7 +32,9 @@ class Replays:
         self._active = len(devices) == 1 and all(device.type == "cuda" for device in devices)
         self._calls: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Values]] = {}
-        self._stream = torch.cuda.Stream() if self._active else None  # one, as memory is kept by stream
+        self._room: Values = {}
+        # One for all captures, as memory is kept by stream.
+        self._stream = torch.cuda.Stream(*devices) if self._active else None
 
     @property
     def active(self) -> bool:
@@ -44,7 +46,6 @@ class Replays:
         if key in self._graphs:
             graph, values = self._graphs[key]
             graph.replay()
-            # One pool serves all graphs, whose next replay may write over these.
             return {name: value.clone() for name, value in values.items()}
         found = function()
         self._calls[key] += 1
@@ -55,9 +56,11 @@ class Replays:
     def _capture(self, key: Hashable, function: Callable[[], Values], found: Values) -> None:
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, _ in self._graphs.values()), None)
+        values = {name: self._room_for(name, value) for name, value in found.items()}
         try:
             with _capturing(graph, pool, self._stream):
-                values = function()
+                for name, value in function().items():
+                    values[name].copy_(value)
             graph.replay()
             for name, value in values.items():
                 apart = (value.float() - found[name].float()).norm()
@@ -71,14 +74,22 @@ class Replays:
         else:
             self._graphs[key] = graph, values
 
+    def _room_for(self, name: str, value: Tensor) -> Tensor:
+        """Where a graph leaves a value: one place for all graphs, however many, as it is copied at once."""
+        room = self._room.get(name)
+        if room is None or room.numel() < value.numel() or room.dtype != value.dtype:
+            room = self._room[name] = torch.empty_like(value, memory_format=torch.contiguous_format).flatten()
+        return room[: value.numel()].view(value.shape)
+
 
 @contextmanager
 def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, apart: Any) -> Iterator[None]:
     """As :class:`torch.cuda.graph`, which gives all memory that is unused back to the driver first: half a second."""
-    current = torch.cuda.current_stream()
+    current = torch.cuda.current_stream(apart.device)
     apart.wait_stream(current)
     with torch.cuda.stream(apart):
-        graph.capture_begin(*([] if pool is None else [pool]))
+        # Of this thread alone: what others run on the device goes on undisturbed.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             yield
         finally:

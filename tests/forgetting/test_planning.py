@@ -62,6 +62,10 @@ def test_what_is_planned_is_what_a_run_says_it_needs(tokenizer):
     [
         ({"gpu": "h1000"}, "gpu: expected one of a100-40, .*, got 'h1000'"),
         ({"facts": 0}, "facts: expected at least 1, got 0"),
+        (
+            {"model": "/no/such/model"},
+            "expected a folder with config.json, that file, or a hub id, got '/no/such/model'",
+        ),
         ({"sentences": 0}, "sentences: expected at least 1, got 0"),
         ({"model": LlamaConfig(hidden_act="silu", mlp_bias=True, num_hidden_layers=0)}, "expected decoder layers"),
     ],

@@ -32,7 +32,7 @@ def played(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
     monkeypatch.setattr(replay, "_capturing", capturing)
 
 
@@ -70,6 +70,17 @@ def test_the_third_call_is_a_replay_and_what_it_gave_is_kept(played):
     values["double"].zero_()
     assert torch.equal(first, torch.full((3,), 4.0))  # a copy: another replay may write there
     assert len(calls) == CAPTURED_AT + 1
+
+
+def test_graphs_share_the_place_of_what_they_give(played):
+    replays = Replays(GPU)
+    for rows in (3, 2, 5, 4):
+        for _ in range(CAPTURED_AT):
+            replays(rows, lambda rows=rows: {"x": torch.full((rows, 2), float(rows))})
+    first, second, third, fourth = (values["x"] for _, values in replays._graphs.values())
+    assert [len(x) for x in (first, second, third, fourth)] == [3, 2, 5, 4]
+    assert first.data_ptr() == second.data_ptr()
+    assert third.data_ptr() == fourth.data_ptr() != first.data_ptr()
 
 
 def test_what_cannot_be_captured_is_called_and_a_warning_says_so(played, monkeypatch, caplog):
