@@ -4,9 +4,9 @@ One token's row can be 1e5 times the median's, and its square hides, in float32,
 token's. Rows more than 16 times the geometric mean of all rows' largest entries are therefore multiplied and
 summed in float64, and only those: float64 throughout would take several times as long as reading X does.
 
-Four launches: X Omega by splits of the width; the largest entry of each row; the sums of the splits, with the huge rows
-set apart; X^T (X Omega). The second product needs all of a row's first, so that X is read again: a row does not fit on a
-multiprocessor beside a (D, s) accumulator, and partial accumulators by row block would move more than X does.
+Four launches: X Omega by splits of the width; the largest entry of each row; the sums of the splits, with the huge
+rows set apart; X^T (X Omega). The second product needs all of a row's first, so that X is read again: a row does not
+fit on a multiprocessor beside a (D, s) accumulator, and partial accumulators by row block would move more than X does.
 """
 
 from __future__ import annotations

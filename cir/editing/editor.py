@@ -303,7 +303,7 @@ class Editor:
             for _ in range(min(NEIGHBOURS_EVERY * config.check_every, config.max_steps - len(kept))):
                 # The sentences are gone, and some probe is not yet: lower still.
                 while not (step := forgetter.step(floor=floor)).live and floor > LOWEST:
-                    floor -= 1
+                    floor -= 2 * settings.dose  # so far that a whole dose is left
                 if not any(rows.any() for rows in step.tokens.values()):
                     ended = True
                     break
