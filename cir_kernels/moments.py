@@ -6,7 +6,7 @@ summed in float64, and only those: float64 throughout would take several times a
 
 Four launches: X Omega by splits of the width; the largest entry of each row; the sums of the splits, with the huge
 rows set apart; X^T (X Omega). The second product needs all of a row's first, so that X is read again: a row does not
-fit on a multiprocessor beside a (D, s) accumulator, and partial accumulators by row block would move more than X does.
+fit on a multiprocessor beside a (D, s) accumulator; partial accumulators by row block would move more than X does.
 """
 
 from __future__ import annotations
