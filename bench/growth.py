@@ -59,9 +59,9 @@ def measured(workload: Workload, model: Any = None) -> dict[str, Any]:
     with capture(run.model, run.stack, run.layers[-1]) as tape:
         breaker = Breaker(tape, run.targets, run.layers, batches, [], run.config)
         breaker.fit()
-        spent = seconds(lambda: breaker.epoch(run.config.rate), run.device)
+        spent, _ = seconds(lambda: breaker.epoch(run.config.rate), run.device)
         if spent < LONG:
-            spent = min(spent, seconds(lambda: breaker.epoch(run.config.rate), run.device))
+            spent = min(spent, seconds(lambda: breaker.epoch(run.config.rate), run.device)[0])
     restore(run.targets, weights)
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     size = sum(
