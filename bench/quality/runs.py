@@ -24,10 +24,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "lower floor of relearning": {"relearning_floor": -6.0},
     "floor of -6": {"floor": -6.0},
     "floor of -8": {"floor": -8.0},
-    "dose of 2": {"dose": 2.0},
+    "dose of 1": {"dose": 1.0},
     "ridges x 10": {"ridge_activation": 3e-2, "ridge_gradient": 1e-1},
     "ridges / 10": {"ridge_activation": 3e-4, "ridge_gradient": 1e-3},
-    "half of the directions": {"rank": 0.5},
+    "all directions": {"rank": 1.0},
     "a fifth of the layers": {"layers": 0.2},
     "half of the layers": {"layers": 0.5},
 }

@@ -56,7 +56,7 @@ def test_forgets_the_facts_keeps_the_contrast_and_reports_what_is_so(model, toke
     assert names == {f"model.layers.{n}.{m}.weight" for n in (2, 3) for m in ("self_attn.o_proj", "mlp.down_proj")}
     plain = json.loads(report.to_json())
     assert plain["config"]["dose"] == 2.0
-    assert plain["epochs"][-1]["kept"]
+    assert any(epoch["kept"] for epoch in plain["epochs"])
     assert plain["epochs"][-1]["forget_loss"] < 0
     assert {"fit", "epochs", "measure", "total"} <= plain["seconds"].keys()
     assert plain["predicted_memory"] > 0
