@@ -289,7 +289,7 @@ class EditConfig:
         max_length: tokens allowed in a sentence.
     """
 
-    dose: float = 1.0
+    dose: float = 2.0
     max_steps: int = 40
     check_every: int = 2
     target_recall: float = 0.01
