@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 BACKEND = "CIR_KERNELS_BACKEND"
 """Environment variable that names the backend where the caller does not: "torch" or "triton"."""
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU that kernels are for."""
 _LIBRARY = torch.library.Library("cir_kernels", "DEF")
 
 
@@ -108,7 +110,7 @@ def _obstacle(x: Tensor) -> str | None:
         return None
     if not x.is_cuda:
         return f"x is on {x.device} and not on a CUDA device (TRITON_INTERPRET=1 runs kernels anywhere, slowly)"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if torch.cuda.get_device_capability(x.device) < LEAST_CAPABILITY:
         return f"it needs compute capability 8.0, and {x.device} has less"
     return None
 

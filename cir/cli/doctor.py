@@ -7,9 +7,7 @@ import platform
 import torch
 
 from cir.forgetting.report import library_versions
-from cir_kernels._dispatch import CLOSE, HAS_TRITON, TRIALS, disagreement
-
-LEAST_CAPABILITY = (8, 0)
+from cir_kernels._dispatch import CLOSE, HAS_TRITON, LEAST_CAPABILITY, TRIALS, disagreement
 
 
 def run() -> int:
