@@ -120,8 +120,8 @@ class EagerCIR:
                     self.retain_step(retain_rate)
         for linear in self.linears:
             self.bases[linear] = (
-                self.solve(torch.cat(inputs[linear]), self.ranks[0]),
-                self.solve(torch.cat(grads[linear]), self.ranks[1]),
+                self.solve(torch.cat(inputs[linear]).to(linear.weight.device), self.ranks[0]),
+                self.solve(torch.cat(grads[linear]).to(linear.weight.device), self.ranks[1]),
             )
 
     def _step(self, taken: dict[nn.Linear, tuple[Tensor, Tensor]]) -> None:

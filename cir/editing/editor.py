@@ -8,25 +8,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cir.config import CIRConfig, EditConfig
 from cir.data.facts import Fact, load_facts, probed
-from cir.data.sampling import Sample, sample
+from cir.data.sampling import sample
 from cir.data.shipped import builtin_text
 from cir.data.tokens import statements, windows
 from cir.editing.edits import Edit, State, add_factors, factorise
 from cir.editing.journal import Journal
+from cir.editing.looks import Looks
 from cir.editing.turns import Turns
 from cir.forgetting.budget import RETREATS
 from cir.forgetting.fitting import Subspaces, check_fitted_on
 from cir.forgetting.forgetter import Forgetter, Step
 from cir.forgetting.memory import tokens_at_once
-from cir.forgetting.questions import Questions, questions
-from cir.forgetting.reread import Reread
+from cir.forgetting.questions import Probed, Questions, questions
 from cir.forgetting.update import fingerprint, restore, snapshot
-from cir.measures import WINDOW, loss_rise, mean_recall, recall, token_losses
+from cir.measures import WINDOW, recall
 from cir.model.capture import AnswerCapture, Tokens, answering
+from cir.model.replay import Replays
 from cir.model.sites import find_stack
 from cir.proof.relearning import relearn as attack
 
@@ -90,6 +89,8 @@ class Editor:
         self._model, self._tokenizer, self._subspaces = model, tokenizer, subspaces.to(model.device)
         self._contrast = subspaces.contrast
         self._asked: list[Questions] | None = None
+        self._watched: Probed | None = None
+        self._replays = Replays()
         self.config = config or EditConfig()
         stack = find_stack(model)
         self._stack, self._first = stack, subspaces.fitted_on.get("layers", [0])[0]
@@ -152,10 +153,11 @@ class Editor:
             fact = {"id": fact, "sentences": [fact]}
         fact = probed(load_facts([fact])[0])
         statements(self._tokenizer, fact, self.config.max_length)  # refuses what cannot be read
-        with self._turns:
-            before = self._known(fact)
+        with self._turns, answering(self._model, self._stack, self._first) as tape:
+            looks = self._looks(tape, fact)
+            before = self._known(fact, looks)
             try:
-                edit = self._forget(fact, before)
+                edit = self._forget(tape, fact, looks, before)
                 edit = replace(edit, seconds=time.perf_counter() - started)
                 self._record("edit", {"id": edit.id}, edit.to_bytes())
             except BaseException:
@@ -228,13 +230,14 @@ class Editor:
         with self._turns:
             entry = self._find(edit, "active")
             active = self._active()
+            fact = entry.edit.fact
             try:
-                self._write([other for other in active if other.number < entry.edit.number])
-                text = self._near(entry.edit.fact)
-                original = token_losses(self._model, text.rows)
-                self._write([edit if other.number == entry.edit.number else other for other in active])
-                fact = entry.edit.fact
-                state = self._state(fact, text, original, token_losses(self._model, text.rows))
+                with answering(self._model, self._stack, self._first) as tape:
+                    looks = self._looks(tape, fact)
+                    self._write([other for other in active if other.number < entry.edit.number])
+                    looks.read()
+                    self._write([edit if other.number == entry.edit.number else other for other in active])
+                    state = looks.whole()
                 if relearn is None:
                     return state
                 last = attack(self._model, self._tokenizer, relearn, [fact], progress=False)[-1]
@@ -242,48 +245,46 @@ class Editor:
             finally:
                 self._write(active)
 
-    def _forget(self, fact: Fact, before: State) -> Edit:
+    def _forget(self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State) -> Edit:
         """The edit, in place and measured."""
-        config, text = self.config, self._near(fact)
-        with answering(self._model, self._stack, self._first) as tape:
-            reread = Reread(tape, text.rows)
-            original = reread.losses()
-            updates, full, stopped = self._walk(tape, fact, before)
-            if not updates:
-                raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
-            for _ in range(RETREATS + 1):
-                factors, energy = factorise(self._targets, updates, config.rank, config.energy)
-                edit = Edit(
-                    id=fact.id,
-                    number=len(self._entries) + 1,
-                    fact=fact,
-                    factors=factors,
-                    energy=energy,
-                    before=before,
-                    full=full,
-                    after=full,
-                    steps=len(updates),
-                    seconds=0.0,
-                    stopped=stopped,
-                    fingerprint=self.fingerprint,
+        config = self.config
+        looks.read()
+        updates, full, stopped = self._walk(tape, fact, looks, before)
+        if not updates:
+            raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
+        for _ in range(RETREATS + 1):
+            factors, energy = factorise(self._targets, updates, config.rank, config.energy)
+            edit = Edit(
+                id=fact.id,
+                number=len(self._entries) + 1,
+                fact=fact,
+                factors=factors,
+                energy=energy,
+                before=before,
+                full=full,
+                after=full,
+                steps=len(updates),
+                seconds=0.0,
+                stopped=stopped,
+                fingerprint=self.fingerprint,
+            )
+            self._write([*self._active(), edit])
+            after = looks.whole()
+            if after.rise > config.budget or after.worst > config.worst_window:
+                # Harm is as the square of the way.
+                room = min(config.budget / max(after.rise, 1e-9), config.worst_window / max(after.worst, 1e-9))
+                share, stopped = 0.95 * min(1.0, room) ** 0.5, "budget spent"
+                updates = [(tokens, share * scale) for tokens, scale in updates]
+            elif after.recall < before.recall:
+                return replace(edit, after=after)
+            else:
+                raise EditError(
+                    f"fact {fact.id!r}: expected recall to fall from {before.recall:.3f}, got "
+                    f"{after.recall:.3f}; nothing was changed"
                 )
-                self._write([*self._active(), edit])
-                after = self._state(fact, text, original, reread.losses())
-                if after.rise > config.budget or after.worst > config.worst_window:
-                    # Harm is as the square of the way.
-                    room = min(config.budget / max(after.rise, 1e-9), config.worst_window / max(after.worst, 1e-9))
-                    share, stopped = 0.95 * min(1.0, room) ** 0.5, "budget spent"
-                    updates = [(tokens, share * scale) for tokens, scale in updates]
-                elif after.recall < before.recall:
-                    return replace(edit, after=after)
-                else:
-                    raise EditError(
-                        f"fact {fact.id!r}: expected recall to fall from {before.recall:.3f}, got "
-                        f"{after.recall:.3f}; nothing was changed"
-                    )
         raise EditError(f"fact {fact.id!r}: expected a part of the edit within the bounds, got {after}")
 
-    def _walk(self, tape: AnswerCapture, fact: Fact, before: State) -> tuple[list[Update], State, str]:
+    def _walk(self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State) -> tuple[list[Update], State, str]:
         """Steps in place until the fact is forgotten: those kept, the model after the last, why it stopped."""
         config = self.config
         share, goal, state = 1.0, config.target_recall * before.recall, before
@@ -296,7 +297,15 @@ class Editor:
                 tape, tokenizer, self._contrast, device, max_length=length, at_once=tokens_at_once(device)
             )
         forgetter = Forgetter(
-            tape, self._targets, self._tokenizer, [fact], self._subspaces, settings, self._contrast, self._asked
+            tape,
+            self._targets,
+            self._tokenizer,
+            [fact],
+            self._subspaces,
+            settings,
+            self._contrast,
+            self._asked,
+            replays=self._replays,
         )
         while len(kept) < config.max_steps:
             ended, new = False, list[Update]()
@@ -309,9 +318,9 @@ class Editor:
                     break
                 forgetter.apply(step, share)
                 new.append((step.tokens, share))
-                if len(new) % config.check_every == 0 and self._recall(fact) <= goal:
+                if len(new) % config.check_every == 0 and looks.recall() <= goal:
                     break
-            now = self._look(fact)
+            now = looks.state()
             if self._harmed(now, before):
                 for tokens, scale in reversed(new):
                     forgetter.apply(Step(tokens), -scale)
@@ -329,12 +338,12 @@ class Editor:
             return False
         return now.neighbours < self.config.keep * before.neighbours
 
-    def _known(self, fact: Fact) -> State:
+    def _known(self, fact: Fact, looks: Looks) -> State:
         """The model before an edit of ``fact``; raises ValueError where there is nothing to forget."""
         for entry in self._entries:
             if entry.status != "undone" and entry.edit.fact.sentences == fact.sentences:
                 raise ValueError(f"fact {fact.id!r}: already forgotten by edit {entry.edit.number}")
-        before = self._look(fact)
+        before = looks.state()
         if before.recall < UNKNOWN:
             raise ValueError(
                 f"fact {fact.id!r}: expected one that the model knows, got a recall of {before.recall:.4f}: "
@@ -342,23 +351,15 @@ class Editor:
             )
         return before
 
-    def _near(self, fact: Fact) -> Sample:
-        """Windows of the text, half of them those nearest the fact."""
-        return sample(self._rows, self.config.text_tokens, self._tokenizer(list(fact.sentences))["input_ids"])
-
-    def _state(self, fact: Fact, text: Sample, original: Tensor, losses: Tensor) -> State:
-        rise, stderr = loss_rise(losses, original, text)
-        worst = float((losses - original).mean(1).max())
-        return replace(self._look(fact), rise=rise, rise_stderr=stderr, worst=worst)
+    def _looks(self, tape: AnswerCapture, fact: Fact) -> Looks:
+        if self._watched is None:  # once, as no edit changes what the lower layers say of them
+            self._watched = Probed(tape, self._tokenizer, self._neighbours, tokens_at_once(tape.device))
+        text = sample(self._rows, self.config.text_tokens, self._tokenizer(list(fact.sentences))["input_ids"])
+        watched = self._neighbours, self._watched
+        return Looks(tape, self._tokenizer, fact, watched, text, self._replays.follow(tape.weights))
 
     def _recall(self, fact: Fact) -> float:
         return recall(self._model, self._tokenizer, [fact])[fact.id]
-
-    def _look(self, fact: Fact) -> State:
-        """Recall of ``fact`` and of the neighbours, which it is not one of."""
-        others = [n for n in self._neighbours if n.id != fact.id and n.sentences != fact.sentences]
-        recalls = recall(self._model, self._tokenizer, [fact, *others])
-        return State(recalls.pop(fact.id), mean_recall(recalls))
 
     def _active(self) -> list[Edit]:
         return [entry.edit for entry in self._entries if entry.status == "active"]

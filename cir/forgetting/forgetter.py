@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cir.config import CIRConfig
 from cir.data.facts import Fact
-from cir.forgetting.memory import tokens_at_once
+from cir.forgetting.memory import tokens_of_a_step
 from cir.forgetting.plan import EpochLosses
 from cir.forgetting.questions import Questions, Rows, joined, peers, questions, together
 from cir.forgetting.subspace import SiteSubspaces
@@ -26,6 +26,8 @@ LEAST_FALL = 2.0
 """Nats by which an answer has to fall that was not likely to begin with."""
 LEAST_DOSE = 0.5
 """Nats of a dose where less than that is left to go: the first order is not all, and gone is below the floor."""
+AT_ONCE = 2**24
+"""Entries of rows that inner products are formed of, in float64."""
 PARTS = 4
 """Of the facts of a step: half of them are relearned, and the others are asked whether they come back."""
 RELEARNING_RATE = 1.5e-3
@@ -55,6 +57,7 @@ class Forgetter:
         contrast: facts that must stay, of which the most alike are relearned where a fact is alone in its step.
         asked: what is asked of them.
         at_once: tokens of a step in one forward and backward; by default what suits the device.
+        replays: of earlier steps on the model, if any.
     """
 
     def __init__(
@@ -68,30 +71,35 @@ class Forgetter:
         contrast: Sequence[Fact] = (),
         asked: Sequence[Questions] = (),
         at_once: int | None = None,
+        replays: Replays | None = None,
     ) -> None:
         self._tape, self._targets, self._common, self._config = tape, targets, common, config
         self._random = random.Random(config.seed)
         device = targets[0].linear.weight.device
-        self._at_once = at_once = at_once or tokens_at_once(device)
+        self._at_once = at_once = at_once or tokens_of_a_step(device)
         self._weight = sum(float(t.linear.weight.detach().double().norm()) ** 2 for t in targets) ** 0.5
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
         self._spare: list[Tensor] | None = None
         self._relearning = [RELEARNING_RATE * size for size in sizes(tape.mlps)]
-        self._replays = Replays({target.linear.weight.device for target in tape.mlps})
+        self._replays = replays or Replays().follow(tape.weights)
         self._steps_left = config.max_steps
         self._left: dict[int, set[int]] = {}
         self._before: dict[int, Tensor] = {}
         order = list(range(len(facts)))
         self._random.shuffle(order)
 
-        def ask(numbers: Sequence[int]) -> list[Questions]:
-            chosen = [facts[i] for i in numbers]
-            length = config.max_length
-            return questions(tape, tokenizer, chosen, device, max_length=length, at_once=at_once, numbers=numbers)
+        def ask(numbers: Sequence[int], turn: int | None = None) -> list[Questions]:
+            chosen, most = [facts[i] for i in numbers], {"max_length": config.max_length, "at_once": at_once}
+            return questions(tape, tokenizer, chosen, device, **most, numbers=numbers, turn=turn)
 
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
         with phase("read facts"):
-            self._batches = [[ask(batch[i::PARTS]) for i in range(min(PARTS, len(batch)))] for batch in batches]
+            parts = [[batch[i::PARTS] for i in range(min(PARTS, len(batch)))] for batch in batches]
+            self._batches = [[ask(part) for part in batch] for batch in parts]
+            turns = min(config.relearning_steps, max(len(fact.sentences) for fact in facts))
+            self._lessons = [
+                [[ask(part, turn) for turn in range(turns)] for part in batch if len(batch) > 1] for batch in parts
+            ]
             self._peers: list[Questions] = []
             if contrast and config.relearning_steps and min(map(len, batches)) == 1:
                 self._peers = peers(tape, tokenizer, contrast, self.asked, asked, max_length=config.max_length)
@@ -148,7 +156,7 @@ class Forgetter:
         floors = (before - LEAST_FALL).clamp_max(config.floor if floor is None else floor)
         live, left = rows.odds > floors, rows.odds - floors
         if config.relearning_steps and (len(parts) > 1 or self._peers):
-            back = self._returning(parts)
+            back = self._returning(number)
             rows, live, left = _replaced(read, back, floors, config.relearning_floor)
         count = int(live.sum())
         self._left[number] = set(rows.owners[live].tolist())
@@ -165,33 +173,25 @@ class Forgetter:
     def _read(self, parts: Sequence[Sequence[Questions]]) -> list[Rows]:
         """The rows of each part, in as few forwards as they fit into."""
         with phase("forward, backward"):
-            forwards = [asked for part in parts for asked in part]
-            if not self._replays.active:
-                forwards = together(forwards, self._at_once)
-            rows = joined([self._ask(asked) for asked in forwards])
+            forwards = together([asked for part in parts for asked in part], self._at_once)
+            rows = joined([asked.read(self._tape, self._replays) for asked in forwards])
             return rows.split([sum(len(asked.at) for asked in part) for part in parts])
 
-    def _ask(self, asked: Questions) -> Rows:
-        def read() -> dict[str, Tensor]:
-            rows = asked.read(self._tape)
-            return {"odds": rows.odds, **rows.tokens}
-
-        found = self._replays(id(asked), read)
-        odds = found.pop("odds")
-        return Rows(asked.owners, odds, found)
-
-    def _returning(self, parts: Sequence[Sequence[Questions]]) -> list[Rows]:
-        """The rows of each part after others were relearned, each part once; the weights are then as before."""
+    def _returning(self, number: int) -> list[Rows]:
+        """The rows of each part after others were relearned, each part once; the weights are then as before. A step
+        of relearning is of one sentence of each fact, in turn.
+        """
+        parts, lessons = self._batches[number], self._lessons[number]
         order = list(range(len(parts)))
         self._random.shuffle(order)
         halves = order[: len(parts) // 2], order[len(parts) // 2 :]
         found: dict[int, Rows] = {}
         self._spare = snapshot(self._tape.mlps, into=self._spare, near=True)
         for asked, others in (halves, halves[::-1]) if halves[0] else ((order, ()),):
-            relearned = [question for i in others for question in parts[i]] or self._peers
             try:
-                for _ in range(self._config.relearning_steps):
-                    self._relearn(*self._read([relearned]))
+                for step in range(self._config.relearning_steps):
+                    lesson = [question for i in others for question in lessons[i][step % len(lessons[i])]]
+                    self._relearn(*self._read([lesson or self._peers]))
                 found |= dict(zip(asked, self._read([parts[i] for i in asked]), strict=True))
             finally:
                 restore(self._tape.mlps, self._spare)
@@ -252,13 +252,24 @@ def _gram(targets: Sequence[Target], left: Tokens, right: Tokens) -> Tensor:
     """(T, T) float64: the inner products of the rows' outer products, over all targets."""
     total: Any = 0
     device = targets[0].linear.weight.device
+    grams = _grams({site.name for target in targets for site in (target.gradient, target.activation)}, left, right)
     for target in targets:
-        g, a = (
-            (left[site.name].double() @ right[site.name].double().T).to(device)
-            for site in (target.gradient, target.activation)
-        )
-        total = total + g * a
+        total = total + grams[target.gradient.name].to(device) * grams[target.activation.name].to(device)
     return total
+
+
+def _grams(names: Collection[str], left: Tokens, right: Tokens) -> Tokens:
+    """(T, T) float64 of each site; those of one width in few launches."""
+    alike: dict[tuple[int, torch.device], list[str]] = {}
+    for name in names:
+        alike.setdefault((left[name].shape[1], left[name].device), []).append(name)
+    found: Tokens = {}
+    for same in alike.values():
+        few = max(1, AT_ONCE // max(left[same[0]].numel(), 1))
+        for names in (same[i : i + few] for i in range(0, len(same), few)):
+            stacks = [torch.stack([rows[name] for name in names]).double() for rows in (left, right)]
+            found |= dict(zip(names, stacks[0] @ stacks[1].mT, strict=True))
+    return found
 
 
 def _replaced(

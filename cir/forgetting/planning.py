@@ -199,7 +199,9 @@ def plan(
         phases={
             "measure": shape.measure(card, config, facts, tokens, steps),
             "fit": shape.fit(card, config, contrast * sentences * tokens),
-            "steps": shape.steps(card, config, facts * sentences * tokens, -(-facts // config.batch_size), steps),
+            "steps": shape.steps(
+                card, config, facts * sentences * tokens, sentences, -(-facts // config.batch_size), steps
+            ),
         },
         edit=shape.edit(card, edit, config, sentences * tokens, tokens),
         assumed=(
@@ -283,10 +285,11 @@ class _Shape:
         found.add(gpu, 1, 0.0, 0.0, HOST_FIT)
         return found
 
-    def steps(self, gpu: GPU, config: CIRConfig, tokens: int, batches: int, steps: int) -> Phase:
+    def steps(self, gpu: GPU, config: CIRConfig, tokens: int, sentences: int, batches: int, steps: int) -> Phase:
         found, each = Phase(), tokens / batches
         parts = max(1.0, each / 1024)
-        self._read(found, gpu, batches * steps * parts * (2 + config.relearning_steps), each / parts)
+        self._read(found, gpu, batches * steps * parts * 2, each / parts)
+        self._read(found, gpu, batches * steps * 2 * config.relearning_steps, each / sentences / 2)
         self._change(found, gpu, batches * steps, 2 * config.relearning_steps, 3)
         found.add(gpu, batches * parts, 0.0, 0.0, HOST_CAPTURE)
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cir.data.facts import Fact
-from cir.data.tokens import Statement, opening, pad, statements
+from cir.data.tokens import Statement, encode, opening, pad, statements
 from cir.model.capture import AnswerCapture, Below, Hidden, Tokens, at_least_float32
+from cir.model.replay import Replays, Values
 
 CONTEXT = 2
 """Tokens before another that make it likely whatever the fact: grammar, and the rest of a name."""
 GAIN = 1.0
 """Nats by which all that was said before must raise a token's log-odds above these alone, for it to tell the fact."""
 
+ODDS = "odds"
+"""Beside the names of sites, that of the log-odds."""
 PEERS = 16
 """Contrast facts that are relearned where one fact is forgotten alone, at most."""
 LIKE = 0.95
@@ -40,35 +43,51 @@ class Questions:
     answers: Tensor
     owners: Tensor
 
-    def read(self, tape: AnswerCapture) -> Rows:
+    def read(self, tape: AnswerCapture, replays: Replays | None = None) -> Rows:
         """Ask the model as it is."""
-        odds, hidden = self._asked(tape)
-        tokens = tape.backward(odds.sum(), hidden)
-        return Rows(self.owners, odds.detach().to(self.owners.device), tokens)
+
+        def function(given: Values) -> Values:
+            odds, hidden = self._asked(tape, given)
+            return {ODDS: odds.detach(), **tape.backward((odds * given["counts"].to(odds)).sum(), hidden)}
+
+        tokens = self._told("read", function, replays)
+        return Rows(self.owners, tokens.pop(ODDS).to(self.owners.device), tokens)
 
     @torch.no_grad()
-    def odds(self, tape: AnswerCapture) -> Tensor:
+    def odds(self, tape: AnswerCapture, replays: Replays | None = None) -> Tensor:
         """(T,) log-odds of the answers, in nats."""
-        return self._asked(tape)[0].to(self.owners.device)
+
+        def function(given: Values) -> Values:
+            return {ODDS: self._asked(tape, given)[0]}
+
+        return self._told("odds", function, replays)[ODDS].to(self.owners.device)
 
     @property
     def states(self) -> Tensor | None:
         """(T, width) what the layers that do not change say where each token is predicted; None if all change."""
-        if self.below.hidden is None:
-            return None
-        hidden = self.below.hidden[0] if isinstance(self.below.hidden, tuple) else self.below.hidden
-        return hidden.flatten(0, -2)[self.below.places[self.at].to(hidden.device)]
+        hidden = self.below.hidden
+        return None if hidden is None else hidden.flatten(0, -2)[self.below.places[self.at].to(hidden.device)]
 
     @property
     def width(self) -> tuple[int, ...] | None:
         """Shape of a row of the forward, which must be the same for rows to be run in one; None if that cannot be."""
-        if self.below.hidden is not None and not isinstance(self.below.hidden, Tensor):
-            return None
-        return tuple(self.below.inputs["input_ids"].shape[1:])
+        return tuple(self.below.inputs["input_ids"].shape[1:]) if self.below.alone else None
 
-    def _asked(self, tape: AnswerCapture) -> tuple[Tensor, Hidden]:
-        logits, hidden = tape.predict(self.below, self.at)
-        logits, answers = at_least_float32(logits), self.answers.to(logits.device)[:, None]
+    def _told(self, name: str, function: Callable[[Values], Values], replays: Replays | None) -> Values:
+        """What ``function`` gives of the tensors of this, rows of which may be added that count for nothing."""
+        places = self.below.places[self.at]
+        given = {**self.below.inputs, "places": places, "answers": self.answers, "counts": torch.ones_like(places)}
+        if self.below.hidden is not None:
+            given["hidden"] = self.below.hidden
+        if replays is None or not self.below.alone:
+            return function(given)
+        return replays(name, function, given, len(self.at))
+
+    def _asked(self, tape: AnswerCapture, given: Values) -> tuple[Tensor, Hidden]:
+        inputs = {name: given[name] for name in self.below.inputs}
+        below = replace(self.below, inputs=inputs, places=given["places"], hidden=given.get("hidden"))
+        logits, hidden = tape.predict(below, torch.arange(len(below.places), device=below.places.device))
+        logits, answers = at_least_float32(logits), given["answers"].to(logits.device)[:, None]
         # Unlike the log-probability, of which little is left to learn where it is near 0.
         odds = logits.gather(1, answers).squeeze(1) - logits.scatter(1, answers, -torch.inf).logsumexp(1)
         return odds, hidden
@@ -106,6 +125,8 @@ class Rows:
 
 def joined(parts: Sequence[Rows]) -> Rows:
     """All of ``parts`` in one."""
+    if len(parts) == 1:
+        return parts[0]
     owners, odds = (torch.cat([getattr(part, name) for part in parts]) for name in ("owners", "odds"))
     tokens = {name: torch.cat([part.tokens[name] for part in parts]) for name in parts[0].tokens}
     return Rows(owners, odds, tokens)
@@ -120,6 +141,7 @@ def questions(
     max_length: int,
     at_once: int,
     numbers: Sequence[int] | None = None,
+    turn: int | None = None,
 ) -> list[Questions]:
     """Ask for ``facts``, in forwards of at most ``at_once`` tokens, or of one sentence.
 
@@ -128,15 +150,15 @@ def questions(
 
     Args:
         numbers: of the facts; by default their places.
+        turn: one sentence of each fact, at this place or, where it has fewer, from its first on again; all if None.
 
     Raises:
         ValueError: on a sentence of more than ``max_length`` tokens or of one.
     """
-    told = [
-        (number, statement)
-        for number, fact in zip(range(len(facts)) if numbers is None else numbers, facts, strict=True)
-        for statement in statements(tokenizer, fact, max_length)
-    ]
+    told = []
+    for number, fact in zip(range(len(facts)) if numbers is None else numbers, facts, strict=True):
+        own = statements(tokenizer, fact, max_length)
+        told += [(number, statement) for statement in (own if turn is None else [own[turn % len(own)]])]
     first = opening(tokenizer)
     return [_asked(tape, part, first, device) for part in _parts(told, at_once)]
 
@@ -164,9 +186,10 @@ def _in_one_forward(parts: Sequence[Questions]) -> Questions:
         places.append(part.below.places + run)
         at.append(part.at + real)
         run, real = run + part.below.inputs["input_ids"].numel(), real + len(part.below.places)
-    hidden = None if below[0].hidden is None else torch.cat([b.hidden for b in below])
+    states = [b.hidden for b in below if b.hidden is not None]
+    whole = Below(inputs, torch.cat(places), torch.cat(states) if states else None, below[0].beside)
     answers, owners = (torch.cat([getattr(part, name) for part in parts]) for name in ("answers", "owners"))
-    return Questions(Below(inputs, torch.cat(places), hidden), torch.cat(at), answers, owners)
+    return Questions(whole, torch.cat(at), answers, owners)
 
 
 def likeness(facts: Sequence[Questions], others: Sequence[Questions]) -> Tensor | None:
@@ -210,23 +233,58 @@ def peers(
 def _asked(
     tape: AnswerCapture, part: Sequence[tuple[int, Statement]], first: list[int], device: torch.device
 ) -> Questions:
+    """Of each statement, the tokens told that tell the fact."""
+    found = _all_told(tape, part, device)
+    if len(found.at) == len(part):
+        return found
+    # The same tokens after a few others alone.
+    pairs = [(row, statement.ids, place) for row, (_, statement) in enumerate(part) for place in statement.told]
+    rows = torch.tensor([row for row, _, _ in pairs], device=device)
+    alone = pad([first + ids[max(place - CONTEXT, len(first)) : place] for _, ids, place in pairs]).to(device)
+    ends = alone.attention_mask.sum(1).cumsum(0) - 1
+    gain = found.odds(tape) - Questions(tape.below(alone), ends, found.answers, found.owners).odds(tape)
+    most = gain.new_full((len(part),), -torch.inf).scatter_reduce(0, rows, gain, "amax")
+    kept = (gain >= GAIN) | (gain == most[rows])
+    return Questions(found.below, found.at[kept], found.answers[kept], found.owners[kept])
+
+
+def _all_told(tape: AnswerCapture, part: Sequence[tuple[int, Statement]], device: torch.device) -> Questions:
+    """Of each statement all tokens told."""
     batch = pad([statement.ids[: statement.told[-1]] for _, statement in part]).to(device)
     lengths = batch.attention_mask.sum(1)
     pairs = [(row, place) for row, (_, statement) in enumerate(part) for place in statement.told]
     rows, places = (torch.tensor(numbers, device=device) for numbers in zip(*pairs, strict=True))
     answers = torch.tensor([part[row][1].ids[place] for row, place in pairs], device=device)
     owners = torch.tensor([number for number, _ in part], device=device)[rows]
-    found = Questions(tape.below(batch), (lengths.cumsum(0) - lengths)[rows] + places - 1, answers, owners)
-    if len(pairs) == len(part):
-        return found
-    # The same tokens after a few others alone.
-    short = [first + part[row][1].ids[max(place - CONTEXT, len(first)) : place] for row, place in pairs]
-    alone = pad(short).to(device)
-    ends = alone.attention_mask.sum(1).cumsum(0) - 1
-    gain = found.odds(tape) - Questions(tape.below(alone), ends, answers, owners).odds(tape)
-    most = gain.new_full((len(part),), -torch.inf).scatter_reduce(0, rows, gain, "amax")
-    kept = (gain >= GAIN) | (gain == most[rows])
-    return Questions(found.below, found.at[kept], answers[kept], owners[kept])
+    return Questions(tape.below(batch), (lengths.cumsum(0) - lengths)[rows] + places - 1, answers, owners)
+
+
+class Probed:
+    """Recall of facts with probes, again and again while only late layers change; those below are run once."""
+
+    def __init__(self, tape: AnswerCapture, tokenizer: Any, facts: Sequence[Fact], at_once: int) -> None:
+        asked = [(place, probe) for place, fact in enumerate(facts) for probe in fact.probes]
+        told = []
+        for number, (_, probe) in enumerate(asked):
+            head, tail = (
+                encode(tokenizer, probe.prompt),
+                tokenizer(probe.target, add_special_tokens=False)["input_ids"],
+            )
+            told.append((number, Statement([*head, *tail], range(len(head), len(head) + len(tail)))))
+        self._facts = [fact.id for fact in facts]
+        self._of_fact = torch.tensor([place for place, _ in asked])
+        self._parts = [_all_told(tape, part, tape.device) for part in _parts(told, at_once)]
+
+    def recall(self, tape: AnswerCapture, replays: Replays | None = None) -> dict[str, float]:
+        """What :func:`cir.measures.recall` is of the model as it is now."""
+        if not self._facts:
+            return {}
+        odds = torch.cat([part.odds(tape, replays) for part in self._parts]).double().cpu()  # one wait
+        probes = torch.cat([part.owners for part in self._parts]).cpu()
+        logprobs = odds.new_zeros(len(self._of_fact)).index_add_(0, probes, F.logsigmoid(odds))
+        means = odds.new_zeros(len(self._facts)).index_add_(0, self._of_fact, logprobs.exp())
+        means /= torch.bincount(self._of_fact, minlength=len(self._facts))
+        return dict(zip(self._facts, means.tolist(), strict=True))
 
 
 def _parts(told: Sequence[tuple[int, Statement]], at_once: int) -> Iterator[list[tuple[int, Statement]]]:

@@ -141,7 +141,7 @@ def snapshot(targets: Sequence[Target], into: Sequence[Tensor] | None = None, ne
         into = [torch.empty(w.shape, dtype=w.dtype, pin_memory=w.is_cuda) for w in weights]
     for weight, copy in zip(weights, into, strict=True):
         copy.copy_(weight, non_blocking=True)
-    for device in {weight.device for weight in weights if weight.is_cuda}:
+    for device in {weight.device for weight, copy in zip(weights, into, strict=True) if weight.device != copy.device}:
         torch.cuda.synchronize(device)
     return list(into)
 

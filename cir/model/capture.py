@@ -149,12 +149,19 @@ class Below:
 
     Attributes:
         inputs: of the model. places: (N,) of the batch's real tokens in the flattened forward.
-        hidden: what the last of those layers put out; None where there are none.
+        hidden: what the last of those layers put out; None where there are none. beside: what it put out with it,
+            where it does put out a tuple.
     """
 
     inputs: dict[str, Tensor]
     places: Tensor
-    hidden: Any
+    hidden: Tensor | None = None
+    beside: tuple[Any, ...] | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether hidden states are all that the layers above take from those below."""
+        return all(value is None for value in self.beside or ())
 
 
 class AnswerCapture(Capture):
@@ -180,17 +187,23 @@ class AnswerCapture(Capture):
         """The linears of the MLPs of all layers that are not below."""
         return [target for mlp in self._stack.mlps[self._first :] for target in mlp.targets]
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """All parameters and buffers of the model."""
+        return [*self._model.parameters(), *self._model.buffers()]
+
     @torch.no_grad()
     def below(self, batch: Batch) -> Below:
         """Run ``batch`` through the layers below the lowest target."""
         inputs, places = packed_inputs(self._stack, batch)
-        below = Below(inputs, places, None)
+        below = Below(inputs, places)
         if self._first == 0:
             return below
         stack, layers = self._stack, self._stack.layers
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            below.hidden = output
+            below.hidden, *beside = output if isinstance(output, tuple) else (output,)
+            below.beside = tuple(beside) if isinstance(output, tuple) else None
 
         with ExitStack() as undo:
             undo.callback(setattr, stack.decoder, stack.attribute, layers)
@@ -205,6 +218,7 @@ class AnswerCapture(Capture):
         """
         counted = below.places[at]
         hidden = Hidden(below.places, counted, {}, counted, {})
+        lower = below.hidden if below.beside is None else (below.hidden, *below.beside)
 
         def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             rows = args[0].flatten(0, -2).index_select(0, counted.to(args[0].device))
@@ -214,7 +228,7 @@ class AnswerCapture(Capture):
             undo.callback(self._head.register_forward_pre_hook(select).remove)
             if self._first:  # the layers stay in their places, whose numbers and kinds the decoder may look up
                 for layer in self._stack.layers[: self._first]:
-                    _replace_forward(undo, layer, lambda *args, **given: below.hidden)
+                    _replace_forward(undo, layer, lambda *args, **given: lower)
             if keep:
                 undo.enter_context(self._recording(hidden))
             logits = self._model(**below.inputs, use_cache=False).logits[0]

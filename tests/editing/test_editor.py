@@ -11,6 +11,7 @@ from cir import CIRConfig, EditConfig, EditError, Editor, Subspaces
 from cir.data.facts import load_facts
 from cir.editing.edits import State
 from cir.editing.journal import Journal, JournalError
+from cir.editing.looks import Looks
 from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.update import snapshot
 from cir.measures import recall, text_loss
@@ -63,9 +64,10 @@ def test_forgets_the_fact_alone_and_reports_what_is_so(make, unchanged):
     assert edit.forgotten
     assert edit.before.recall > 0.9
     assert edit.after.recall < 0.3
-    assert edit.after.recall == pytest.approx(recall(model, tokenizer, [FACTS[8]])["f8"], rel=1e-4)
+    near = {"rel": 1e-4 if model.dtype == torch.float32 else 1e-2}  # other forwards round otherwise
+    assert edit.after.recall == pytest.approx(recall(model, tokenizer, [FACTS[8]])["f8"], **near)
     kept = recall(model, tokenizer, FACTS[:6])
-    assert edit.after.neighbours == pytest.approx(sum(kept.values()) / 6, rel=1e-4)
+    assert edit.after.neighbours == pytest.approx(sum(kept.values()) / 6, **near)
     assert edit.after.neighbours > 0.9 * edit.before.neighbours
     assert edit.after.rise == pytest.approx(
         text_loss(model, tokenizer, TEXT, max_tokens=CONFIG.text_tokens) / loss - 1, abs=1e-5
@@ -122,7 +124,7 @@ def test_an_edit_that_would_bring_a_fact_back_is_refused(make, monkeypatch):
     editor = make()
     editor.forget(FACTS[8])
     before = weights(editor)
-    monkeypatch.setattr(editor, "_state", lambda *given: State(0.995, None))
+    monkeypatch.setattr(Looks, "whole", lambda _: State(0.995, None))
     with pytest.raises(EditError, match=r"fact 'f9': expected recall to fall from 0\.9\d+, got 0\.995"):
         editor.forget(FACTS[9])
     assert same(weights(editor), before)
@@ -232,7 +234,7 @@ def test_where_the_text_cannot_bear_an_edit_a_part_of_it_is_made(make, unchanged
     editor = make(config=replace(CONFIG, budget=0.01))
     rises = iter([(0.04, 0.0), (0.009, 0.0)])  # harm is as the square of the way
     with monkeypatch.context() as patch:
-        patch.setattr("cir.editing.editor.loss_rise", lambda *a: next(rises))
+        patch.setattr("cir.editing.looks.loss_rise", lambda *a: next(rises))
         edit = editor.forget(FACTS[8])
     assert (edit.stopped, edit.steps) == ("budget spent", whole.steps)
     assert edit.after.recall > whole.after.recall
@@ -241,7 +243,7 @@ def test_where_the_text_cannot_bear_an_edit_a_part_of_it_is_made(make, unchanged
         assert float((ours - 0.475 * all_of_it).norm() / all_of_it.norm()) < 0.02
     editor.undo()
     unchanged(editor._model)
-    monkeypatch.setattr("cir.editing.editor.loss_rise", lambda *a: (0.02, 0.0))
+    monkeypatch.setattr("cir.editing.looks.loss_rise", lambda *a: (0.02, 0.0))
     with pytest.raises(EditError, match="expected a part of the edit within the bounds, got State"):
         editor.forget(FACTS[8])
     unchanged(editor._model)
@@ -251,7 +253,8 @@ def test_a_contrast_fact_is_not_its_own_neighbour(make):
     editor = make(config=replace(CONFIG, keep=0.5, target_recall=0.5))
     edit = editor.forget(FACTS[0])
     others = recall(editor._model, word_tokenizer(), FACTS[1:6])
-    assert edit.after.neighbours == pytest.approx(sum(others.values()) / 5, rel=1e-4)
+    near = 1e-4 if editor._model.dtype == torch.float32 else 1e-3  # that of all six is 0.1 off
+    assert edit.after.neighbours == pytest.approx(sum(others.values()) / 5, rel=near)
 
 
 def test_measures_a_compressed_edit_in_place_of_the_whole(make):

@@ -11,8 +11,6 @@ import torch
 from cir.model import replay
 from cir.model.replay import CAPTURED_AT, Replays
 
-GPU = {torch.device("cuda")}
-
 
 class Graph:
     """Replays leave what was captured: what the device would write is written by the test."""
@@ -37,50 +35,88 @@ def played(monkeypatch):
 
 
 def counted(weight):
-    """A function of ``weight``, and how often it ran."""
+    """A function of ``weight`` and of inputs, and how often it ran."""
     calls = []
 
-    def function():
+    def function(given):
         calls.append(1)
-        return {"double": 2 * weight}
+        return {"sum": given["x"] + weight}
 
     return function, calls
 
 
+def on(device, *weights):
+    """Replays of weights that say that they are on ``device``."""
+    replays = Replays().follow(weights)
+    replays._on = device
+    return replays
+
+
+GPU = torch.device("cuda")
+X = {"x": torch.arange(12.0).view(3, 4)}
+
+
 def test_elsewhere_and_over_several_devices_functions_are_called():
-    for devices in ({torch.device("cpu")}, {torch.device("cuda", 0), torch.device("cuda", 1)}):
-        replays = Replays(devices)
-        function, calls = counted(torch.ones(2))
+    weight = torch.ones(4)
+    several = Replays().follow([weight, weight.to("meta")])
+    for replays in (on(torch.device("cpu"), weight), several):
+        function, calls = counted(weight)
         for _ in range(4):
-            assert torch.equal(replays("k", function)["double"], torch.full((2,), 2.0))
+            assert torch.equal(replays("f", function, X, 2)["sum"], X["x"][:2] + 1)
         assert len(calls) == 4
         assert not replays.active
 
 
-def test_the_third_call_is_a_replay_and_what_it_gave_is_kept(played):
-    weight = torch.ones(3)
-    replays = Replays(GPU)
+def test_the_third_call_is_a_replay_of_its_inputs_and_what_it_gave_is_kept(played):
+    weight = torch.ones(4)
+    replays = on(GPU, weight)
     function, calls = counted(weight)
     for _ in range(CAPTURED_AT):
-        assert torch.equal(replays("k", function)["double"], torch.full((3,), 2.0))
+        assert torch.equal(replays("f", function, X, 3)["sum"], X["x"] + 1)
     assert len(calls) == CAPTURED_AT + 1  # once more, as it was captured
-    _, values = replays._graphs["k"]
-    values["double"].fill_(4)  # as the device would
-    first = replays("k", function)["double"]
-    values["double"].zero_()
-    assert torch.equal(first, torch.full((3,), 4.0))  # a copy: another replay may write there
+    ((_, inputs, values),) = replays._graphs.values()
+    values["sum"].fill_(4)  # as the device would
+    first = replays("f", function, {"x": 2 * X["x"]}, 3)["sum"]
+    assert torch.equal(inputs["x"], 2 * X["x"])
+    values["sum"].zero_()
+    assert torch.equal(first, torch.full((3, 4), 4.0))  # a copy: another replay may write there
     assert len(calls) == CAPTURED_AT + 1
 
 
-def test_graphs_share_the_place_of_what_they_give(played):
-    replays = Replays(GPU)
+def test_a_graph_serves_inputs_that_are_somewhat_shorter_and_zeros_fill_the_rest(played):
+    weight = torch.ones(4)
+    replays = on(GPU, weight)
+    function, calls = counted(weight)
+    for rows in (18, 18, 17):
+        found = replays("f", function, {"x": torch.ones(rows, 4), "at": torch.ones(rows)}, rows)["sum"]
+        assert found.shape == (rows, 4)
+    assert len(calls) == CAPTURED_AT + 1
+    ((_, inputs, _),) = replays._graphs.values()
+    assert [float(inputs["x"].sum()), float(inputs["at"].sum()), len(inputs["at"])] == [17 * 4, 17, 32]
+    for name, rows in (("f", 16), ("f", 19), ("g", 18)):  # other shapes, and another function
+        replays(name, function, {"x": torch.ones(rows, 4), "at": torch.ones(rows)}, rows)
+    assert len(calls) == CAPTURED_AT + 4
+
+
+def test_graphs_of_weights_that_have_moved_are_let_go(played):
+    weight, other = torch.ones(4), torch.ones(4)
+    replays = on(GPU, weight)
+    function, _ = counted(weight)
+    for _ in range(CAPTURED_AT):
+        replays("f", function, X, 3)
+    assert replays.follow([weight])._graphs
+    assert not replays.follow([other])._graphs
+
+
+def test_graphs_share_the_place_of_what_they_give_and_the_oldest_go(played, monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 3)
+    replays = on(GPU, torch.ones(2))
     for rows in (3, 2, 5, 4):
         for _ in range(CAPTURED_AT):
-            replays(rows, lambda rows=rows: {"x": torch.full((rows, 2), float(rows))})
-    first, second, third, fourth = (values["x"] for _, values in replays._graphs.values())
-    assert [len(x) for x in (first, second, third, fourth)] == [3, 2, 5, 4]
-    assert first.data_ptr() == second.data_ptr()
-    assert third.data_ptr() == fourth.data_ptr() != first.data_ptr()
+            replays("f", lambda given: {"x": given["x"] + 1}, {"x": torch.zeros(rows, 2)}, rows)
+    second, third, fourth = (values["x"] for _, _, values in replays._graphs.values())
+    assert [len(x) for x in (second, third, fourth)] == [2, 5, 4]
+    assert third.data_ptr() == fourth.data_ptr() != second.data_ptr()
 
 
 def test_what_cannot_be_captured_is_called_and_a_warning_says_so(played, monkeypatch, caplog):
@@ -90,11 +126,12 @@ def test_what_cannot_be_captured_is_called_and_a_warning_says_so(played, monkeyp
         yield
 
     monkeypatch.setattr(replay, "_capturing", refused)
-    replays = Replays(GPU)
-    function, calls = counted(torch.ones(3))
+    weight = torch.ones(4)
+    replays = on(GPU, weight)
+    function, calls = counted(weight)
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
-            assert torch.equal(replays("k", function)["double"], torch.full((3,), 2.0))
+            assert torch.equal(replays("f", function, X, 3)["sum"], X["x"] + 1)
     assert len(calls) == 5
     assert not replays.active
     assert [record.getMessage() for record in caplog.records] == [
@@ -103,10 +140,10 @@ def test_what_cannot_be_captured_is_called_and_a_warning_says_so(played, monkeyp
 
 
 def test_a_replay_that_gives_something_else_is_not_used(played, caplog):
-    replays = Replays(GPU)
+    replays = on(GPU, torch.ones(3))
     outputs = iter([torch.ones(3), torch.ones(3), torch.full((3,), 7.0), torch.ones(3)])
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert torch.equal(replays("k", lambda: {"x": next(outputs)})["x"], torch.ones(3))
+            assert torch.equal(replays("f", lambda _: {"x": next(outputs)}, X, 3)["x"], torch.ones(3))
     assert not replays.active
     assert "its x differ" in caplog.text
