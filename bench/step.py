@@ -257,7 +257,7 @@ class Run:
         """Steps by the signs of the gradient until ``facts`` are known."""
         first = CIRConfig(layers=self.share).first_layer(len(self.stack.mlps))
         with answering(self.model, self.stack, first) as tape:
-            asked = questions(tape, self.tokenizer, facts, self.model.device, max_length=128, at_once=512)
+            asked = questions(tape, self.tokenizer, facts, max_length=128, at_once=512)
             for lesson in range(LESSONS):
                 rows = joined([part.read(tape) for part in asked])
                 if float(rows.odds.min()) > TAUGHT:

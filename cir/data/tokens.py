@@ -151,7 +151,7 @@ class Statement:
     """
 
     ids: list[int]
-    told: range
+    told: Sequence[int]
 
 
 def statements(tokenizer: Any, fact: Fact, max_length: int) -> list[Statement]:

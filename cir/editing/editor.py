@@ -10,7 +10,7 @@ from typing import Any
 
 from cir.config import CIRConfig, EditConfig
 from cir.data.facts import Fact, load_facts, probed
-from cir.data.sampling import sample
+from cir.data.sampling import index, sample
 from cir.data.shipped import builtin_text
 from cir.data.tokens import statements, windows
 from cir.editing.edits import Edit, State, add_factors, factorise
@@ -102,6 +102,7 @@ class Editor:
         every = -(-len(facts) // self.config.neighbours) or 1
         self._neighbours = [replace(fact, probes=fact.probes[:1]) for fact in facts[::every]]
         self._rows = windows(tokenizer, builtin_text() if text is None else text, WINDOW)
+        self._index = index(self._rows)
         self._base = snapshot(self._targets)
         self._entries: list[_Entry] = []
         self._turns = Turns()
@@ -292,10 +293,8 @@ class Editor:
         kept: list[Update] = []
         floor = settings.floor
         if self._asked is None:  # once: what they are compared by, no edit changes
-            tokenizer, device, length = self._tokenizer, self._model.device, config.max_length
-            self._asked = questions(
-                tape, tokenizer, self._contrast, device, max_length=length, at_once=tokens_at_once(device)
-            )
+            length, at_once = config.max_length, tokens_at_once(tape.device)
+            self._asked = questions(tape, self._tokenizer, self._contrast, max_length=length, at_once=at_once)
         forgetter = Forgetter(
             tape,
             self._targets,
@@ -354,7 +353,8 @@ class Editor:
     def _looks(self, tape: AnswerCapture, fact: Fact) -> Looks:
         if self._watched is None:  # once, as no edit changes what the lower layers say of them
             self._watched = Probed(tape, self._tokenizer, self._neighbours, tokens_at_once(tape.device))
-        text = sample(self._rows, self.config.text_tokens, self._tokenizer(list(fact.sentences))["input_ids"])
+        near = self._tokenizer(list(fact.sentences))["input_ids"]
+        text = sample(self._rows, self.config.text_tokens, near, self._index)
         watched = self._neighbours, self._watched
         return Looks(tape, self._tokenizer, fact, watched, text, self._replays.follow(tape.weights))
 

@@ -243,8 +243,8 @@ def _truncated(g: Tensor, a: Tensor, rank: int, energy: float) -> tuple[Tensor, 
     """
     g, a = g.double(), a.double()
     columns = min(rank + 16, *g.shape, *a.shape)
-    generator = torch.Generator().manual_seed(0)
-    right = torch.randn(columns, a.shape[1], generator=generator).to(a)
+    generator = torch.Generator(a.device).manual_seed(0)
+    right = torch.randn(columns, a.shape[1], generator=generator, device=a.device).to(a)
     for _ in range(2):
         left = _orthonormal((right @ a.T) @ g)
         right = _orthonormal(product := (left @ g.T) @ a)

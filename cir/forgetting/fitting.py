@@ -80,9 +80,7 @@ class Subspaces(SiteSubspaces):
         rows = None if texts is None else chosen(windows(tokenizer, texts, config.retain_length), config)
         with answering(model, stack, first) as tape:
             length = config.max_length
-            asked = questions(
-                tape, tokenizer, facts, model.device, max_length=length, at_once=tokens_at_once(model.device)
-            )
+            asked = questions(tape, tokenizer, facts, max_length=length, at_once=tokens_at_once(model.device))
             solved = fitted(tape, targets, rows, asked, config, progress=progress)
         fitted_on = {
             "fingerprint": fingerprint(targets),

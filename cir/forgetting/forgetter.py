@@ -15,7 +15,7 @@ from cir.config import CIRConfig
 from cir.data.facts import Fact
 from cir.forgetting.memory import tokens_of_a_step
 from cir.forgetting.plan import EpochLosses
-from cir.forgetting.questions import Questions, Rows, joined, peers, questions, together
+from cir.forgetting.questions import Questions, Rows, Sentence, ask, joined, peers, sentences, together
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, sign_step, sizes, snapshot
 from cir.model.capture import AnswerCapture, Tokens
@@ -88,17 +88,17 @@ class Forgetter:
         order = list(range(len(facts)))
         self._random.shuffle(order)
 
-        def ask(numbers: Sequence[int], turn: int | None = None) -> list[Questions]:
-            chosen, most = [facts[i] for i in numbers], {"max_length": config.max_length, "at_once": at_once}
-            return questions(tape, tokenizer, chosen, device, **most, numbers=numbers, turn=turn)
-
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+        parts = [[batch[i::PARTS] for i in range(min(PARTS, len(batch)))] for batch in batches]
         with phase("read facts"):
-            parts = [[batch[i::PARTS] for i in range(min(PARTS, len(batch)))] for batch in batches]
-            self._batches = [[ask(part) for part in batch] for batch in parts]
-            turns = min(config.relearning_steps, max(len(fact.sentences) for fact in facts))
+            own: list[list[Sentence]] = [[] for _ in facts]
+            for sentence in sentences(tape, tokenizer, facts, max_length=config.max_length, at_once=at_once):
+                own[sentence.owner].append(sentence)
+            self._batches = [[ask(tape, [s for i in part for s in own[i]], at_once) for part in of] for of in parts]
+            turns = range(min(config.relearning_steps, max(map(len, own))))
             self._lessons = [
-                [[ask(part, turn) for turn in range(turns)] for part in batch if len(batch) > 1] for batch in parts
+                [[ask(tape, [own[i][turn % len(own[i])] for i in part], at_once) for turn in turns] for part in of]
+                for of in parts
             ]
             self._peers: list[Questions] = []
             if contrast and config.relearning_steps and min(map(len, batches)) == 1:

@@ -242,7 +242,7 @@ def pair_layer(model: Any, tokenizer: Any, facts: Sequence[Fact], *, max_length:
     with frozen(model):
         tape = AnswerCapture(model, stack, 0)
         at_once = ASKED * max_length  # so that all are in one forward
-        (asked,) = questions(tape, tokenizer, chosen, model.device, max_length=max_length, at_once=at_once)
+        (asked,) = questions(tape, tokenizer, chosen, max_length=max_length, at_once=at_once)
         rows, others = _interchangeable(asked)
         if not len(rows):
             return None

@@ -47,7 +47,7 @@ class Questions:
         """Ask the model as it is."""
 
         def function(given: Values) -> Values:
-            odds, hidden = self._asked(tape, given)
+            odds, hidden = self._predicted(tape, given)
             return {ODDS: odds.detach(), **tape.backward((odds * given["counts"].to(odds)).sum(), hidden)}
 
         tokens = self._told("read", function, replays)
@@ -58,7 +58,7 @@ class Questions:
         """(T,) log-odds of the answers, in nats."""
 
         def function(given: Values) -> Values:
-            return {ODDS: self._asked(tape, given)[0]}
+            return {ODDS: self._predicted(tape, given)[0]}
 
         return self._told("odds", function, replays)[ODDS].to(self.owners.device)
 
@@ -83,7 +83,7 @@ class Questions:
             return function(given)
         return replays(name, function, given, len(self.at))
 
-    def _asked(self, tape: AnswerCapture, given: Values) -> tuple[Tensor, Hidden]:
+    def _predicted(self, tape: AnswerCapture, given: Values) -> tuple[Tensor, Hidden]:
         inputs = {name: given[name] for name in self.below.inputs}
         below = replace(self.below, inputs=inputs, places=given["places"], hidden=given.get("hidden"))
         logits, hidden = tape.predict(below, torch.arange(len(below.places), device=below.places.device))
@@ -132,35 +132,53 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return Rows(owners, odds, tokens)
 
 
+@dataclass(frozen=True)
+class Sentence:
+    """What of a sentence leads to its answer.
+
+    Attributes:
+        owner: number of its fact. statement: its tokens, and which of them tell the fact.
+        hidden: (L, width) what the layers that do not change say of all tokens but the last; None if there are none,
+            or if they put out more than that.
+    """
+
+    owner: int
+    statement: Statement
+    hidden: Tensor | None
+
+
 def questions(
-    tape: AnswerCapture,
-    tokenizer: Any,
-    facts: Sequence[Fact],
-    device: torch.device,
-    *,
-    max_length: int,
-    at_once: int,
-    numbers: Sequence[int] | None = None,
-    turn: int | None = None,
+    tape: AnswerCapture, tokenizer: Any, facts: Sequence[Fact], *, max_length: int, at_once: int
 ) -> list[Questions]:
-    """Ask for ``facts``, in forwards of at most ``at_once`` tokens, or of one sentence.
+    """Ask for all of ``facts``, as :func:`sentences` and :func:`ask` do."""
+    return ask(tape, sentences(tape, tokenizer, facts, max_length=max_length, at_once=at_once), at_once)
+
+
+def sentences(
+    tape: AnswerCapture, tokenizer: Any, facts: Sequence[Fact], *, max_length: int, at_once: int
+) -> list[Sentence]:
+    """All of ``facts``, read in forwards of at most ``at_once`` tokens, or of one sentence.
 
     A token tells the fact if all that goes before it in its sentence makes it likelier than the last :data:`CONTEXT`
     tokens do, by :data:`GAIN`; of each sentence at least the one for which that is most does.
 
-    Args:
-        numbers: of the facts; by default their places.
-        turn: one sentence of each fact, at this place or, where it has fewer, from its first on again; all if None.
-
     Raises:
         ValueError: on a sentence of more than ``max_length`` tokens or of one.
     """
-    told = []
-    for number, fact in zip(range(len(facts)) if numbers is None else numbers, facts, strict=True):
-        own = statements(tokenizer, fact, max_length)
-        told += [(number, statement) for statement in (own if turn is None else [own[turn % len(own)]])]
+    told = [
+        (number, statement)
+        for number, fact in enumerate(facts)
+        for statement in statements(tokenizer, fact, max_length)
+    ]
     first = opening(tokenizer)
-    return [_asked(tape, part, first, device) for part in _parts(told, at_once)]
+    return [sentence for part in _parts(told, at_once) for sentence in _read(tape, part, first)]
+
+
+def ask(tape: AnswerCapture, chosen: Sequence[Sentence], at_once: int) -> list[Questions]:
+    """Ask what ``chosen`` tell, in forwards of at most ``at_once`` tokens, or of one sentence."""
+    told = [(sentence.owner, sentence.statement) for sentence in chosen]
+    states = iter(sentence.hidden for sentence in chosen)
+    return [_asked(tape, part, [next(states) for _ in part]) for part in _parts(told, at_once)]
 
 
 def together(parts: Sequence[Questions], at_once: int) -> list[Questions]:
@@ -218,62 +236,73 @@ def peers(
     tokenizer: Any,
     contrast: Sequence[Fact],
     facts: Sequence[Questions],
-    asked: Sequence[Questions],
+    others: Sequence[Questions],
     *,
     max_length: int,
 ) -> list[Questions]:
-    """A sentence each of the :data:`PEERS` facts of ``contrast``, as ``asked``, that are most like ``facts``."""
-    alike = likeness(facts, asked)
+    """A sentence each of the :data:`PEERS` facts of ``contrast``, as ``others``, that are most like ``facts``."""
+    alike = likeness(facts, others)
     order = range(len(contrast)) if alike is None else alike.amax(0).argsort(descending=True).tolist()
     chosen = [replace(contrast[i], sentences=contrast[i].sentences[:1]) for i in order[:PEERS]]
     at_once = PEERS * max_length  # one forward
-    return questions(tape, tokenizer, chosen, tape.device, max_length=max_length, at_once=at_once)
+    return questions(tape, tokenizer, chosen, max_length=max_length, at_once=at_once)
+
+
+def _read(tape: AnswerCapture, part: Sequence[tuple[int, Statement]], first: list[int]) -> list[Sentence]:
+    """Of each statement, the tokens told that tell the fact."""
+    found = _asked(tape, part)
+    told = [list(statement.told) for _, statement in part]
+    if len(found.at) > len(part):
+        # The same tokens after a few others alone.
+        pairs = [(row, statement.ids, place) for row, (_, statement) in enumerate(part) for place in statement.told]
+        rows = torch.tensor([row for row, _, _ in pairs], device=tape.device)
+        alone = pad([first + ids[max(place - CONTEXT, len(first)) : place] for _, ids, place in pairs])
+        alone = alone.to(tape.device)
+        ends = alone.attention_mask.sum(1).cumsum(0) - 1
+        gain = found.odds(tape) - Questions(tape.below(alone), ends, found.answers, found.owners).odds(tape)
+        most = gain.new_full((len(part),), -torch.inf).scatter_reduce(0, rows, gain, "amax")
+        kept = ((gain >= GAIN) | (gain == most[rows])).tolist()
+        told = [[] for _ in part]
+        for (row, _, place), keep in zip(pairs, kept, strict=True):
+            told[row] += [place] if keep else []
+    below, lengths = found.below, [statement.told[-1] for _, statement in part]
+    states: Sequence[Tensor | None] = [None] * len(part)
+    if below.hidden is not None and below.beside is None:
+        states = below.hidden.flatten(0, -2)[below.places.to(below.hidden.device)].split(lengths)
+    return [
+        Sentence(owner, Statement(statement.ids, places), None if hidden is None else hidden[: places[-1]])
+        for (owner, statement), places, hidden in zip(part, told, states, strict=True)
+    ]
 
 
 def _asked(
-    tape: AnswerCapture, part: Sequence[tuple[int, Statement]], first: list[int], device: torch.device
+    tape: AnswerCapture, part: Sequence[tuple[int, Statement]], states: Sequence[Tensor | None] = ()
 ) -> Questions:
-    """Of each statement, the tokens told that tell the fact."""
-    found = _all_told(tape, part, device)
-    if len(found.at) == len(part):
-        return found
-    # The same tokens after a few others alone.
-    pairs = [(row, statement.ids, place) for row, (_, statement) in enumerate(part) for place in statement.told]
-    rows = torch.tensor([row for row, _, _ in pairs], device=device)
-    alone = pad([first + ids[max(place - CONTEXT, len(first)) : place] for _, ids, place in pairs]).to(device)
-    ends = alone.attention_mask.sum(1).cumsum(0) - 1
-    gain = found.odds(tape) - Questions(tape.below(alone), ends, found.answers, found.owners).odds(tape)
-    most = gain.new_full((len(part),), -torch.inf).scatter_reduce(0, rows, gain, "amax")
-    kept = (gain >= GAIN) | (gain == most[rows])
-    return Questions(found.below, found.at[kept], found.answers[kept], found.owners[kept])
-
-
-def _all_told(tape: AnswerCapture, part: Sequence[tuple[int, Statement]], device: torch.device) -> Questions:
-    """Of each statement all tokens told."""
-    batch = pad([statement.ids[: statement.told[-1]] for _, statement in part]).to(device)
+    """All that is told of each statement. ``states``: what the layers that do not change say, if they were run."""
+    batch = pad([statement.ids[: statement.told[-1]] for _, statement in part]).to(tape.device)
     lengths = batch.attention_mask.sum(1)
     pairs = [(row, place) for row, (_, statement) in enumerate(part) for place in statement.told]
-    rows, places = (torch.tensor(numbers, device=device) for numbers in zip(*pairs, strict=True))
-    answers = torch.tensor([part[row][1].ids[place] for row, place in pairs], device=device)
-    owners = torch.tensor([number for number, _ in part], device=device)[rows]
-    return Questions(tape.below(batch), (lengths.cumsum(0) - lengths)[rows] + places - 1, answers, owners)
+    rows, places = (torch.tensor(numbers, device=tape.device) for numbers in zip(*pairs, strict=True))
+    answers = torch.tensor([part[row][1].ids[place] for row, place in pairs], device=tape.device)
+    owners = torch.tensor([number for number, _ in part], device=tape.device)[rows]
+    known = [hidden for hidden in states if hidden is not None]
+    below = tape.below(batch, torch.cat(known) if len(known) == len(part) else None)
+    return Questions(below, (lengths.cumsum(0) - lengths)[rows] + places - 1, answers, owners)
 
 
 class Probed:
     """Recall of facts with probes, again and again while only late layers change; those below are run once."""
 
     def __init__(self, tape: AnswerCapture, tokenizer: Any, facts: Sequence[Fact], at_once: int) -> None:
-        asked = [(place, probe) for place, fact in enumerate(facts) for probe in fact.probes]
+        probes = [(place, probe) for place, fact in enumerate(facts) for probe in fact.probes]
         told = []
-        for number, (_, probe) in enumerate(asked):
-            head, tail = (
-                encode(tokenizer, probe.prompt),
-                tokenizer(probe.target, add_special_tokens=False)["input_ids"],
-            )
+        for number, (_, probe) in enumerate(probes):
+            head = encode(tokenizer, probe.prompt)
+            tail = tokenizer(probe.target, add_special_tokens=False)["input_ids"]
             told.append((number, Statement([*head, *tail], range(len(head), len(head) + len(tail)))))
         self._facts = [fact.id for fact in facts]
-        self._of_fact = torch.tensor([place for place, _ in asked])
-        self._parts = [_all_told(tape, part, tape.device) for part in _parts(told, at_once)]
+        self._of_fact = torch.tensor([place for place, _ in probes])
+        self._parts = [_asked(tape, part) for part in _parts(told, at_once)]
 
     def recall(self, tape: AnswerCapture, replays: Replays | None = None) -> dict[str, float]:
         """What :func:`cir.measures.recall` is of the model as it is now."""

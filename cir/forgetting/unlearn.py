@@ -146,9 +146,7 @@ def _plan(
         with answering(model, stack, first) as tape:
 
             def start() -> Epoch:
-                asked = questions(
-                    tape, tokenizer, contrast, model.device, max_length=config.max_length, at_once=need.tokens
-                )
+                asked = questions(tape, tokenizer, contrast, max_length=config.max_length, at_once=need.tokens)
                 if subspaces is not None:
                     common: SiteSubspaces = subspaces.to(model.device)
                 else:

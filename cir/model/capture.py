@@ -193,11 +193,18 @@ class AnswerCapture(Capture):
         return [*self._model.parameters(), *self._model.buffers()]
 
     @torch.no_grad()
-    def below(self, batch: Batch) -> Below:
-        """Run ``batch`` through the layers below the lowest target."""
+    def below(self, batch: Batch, known: Tensor | None = None) -> Below:
+        """Run ``batch`` through the layers below the lowest target, unless what the last of these says of its real
+        tokens is ``known`` (N, width), and is all that it says.
+        """
         inputs, places = packed_inputs(self._stack, batch)
         below = Below(inputs, places)
         if self._first == 0:
+            return below
+        if known is not None:
+            hidden = known.new_zeros(inputs["input_ids"].numel(), known.shape[1])
+            hidden[places.to(known.device)] = known
+            below.hidden = hidden.view(*inputs["input_ids"].shape, -1)
             return below
         stack, layers = self._stack, self._stack.layers
 

@@ -46,7 +46,7 @@ def opened(knowing):
 
 
 def asked(tape, tokenizer, chosen, at_once=512):
-    return questions(tape, tokenizer, chosen, torch.device("cpu"), max_length=64, at_once=at_once)
+    return questions(tape, tokenizer, chosen, max_length=64, at_once=at_once)
 
 
 def read(tape, tokenizer, chosen):
