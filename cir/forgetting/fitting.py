@@ -24,7 +24,7 @@ from cir.forgetting.memory import TOKENS_AT_ONCE, tokens_at_once
 from cir.forgetting.questions import Questions, questions
 from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
 from cir.forgetting.update import fingerprint
-from cir.model.capture import AnswerCapture, Tokens, answering, at_least_float32
+from cir.model.capture import AnswerCapture, Tokens, answering
 from cir.model.sites import Target, find_stack, sites_of
 
 FORMAT = "cir-subspaces-2"
@@ -169,18 +169,19 @@ def fitted(
                 norm = 1.0 if name in activations else x.norm(dim=1, keepdim=True).clamp_min(1e-30)
                 stream.observe({name: x * (weight**0.5 / norm)})
 
-    # All tokens of text are predicted, so that their logits are most of what is kept.
     at_once = min(at_once, TOKENS_AT_ONCE)
     chunks = [] if rows is None else list(rows.split(max(1, at_once // rows.shape[1])))
     with tqdm(total=len(chunks) + len(asked), disable=not progress, unit="batch", desc="fitting") as bar:
         for number, chunk in enumerate(chunks):
-            batch = Batch(chunk, torch.ones_like(chunk, dtype=torch.bool)).to(device)
             weight = GRADIENTS_EVERY * config.text_weight * of_facts / of_text if of_facts else 1.0
             with_gradients = weight > 0 and number % GRADIENTS_EVERY == 0
-            observe(_text_tokens(tape, batch, with_gradients), 1.0, weight)
+            # Half at a time, as all tokens of text are predicted: their logits are most of what is kept.
+            for part in chunk.split(max(1, len(chunk) // 2)) if with_gradients else [chunk]:
+                batch = Batch(part, torch.ones_like(part, dtype=torch.bool)).to(device)
+                observe(_text_tokens(tape, batch, with_gradients), 1.0, weight)
             bar.update()
-        for part in asked:
-            read = part.read(tape)
+        for facts_asked in asked:
+            read = facts_asked.read(tape)
             observe(read.tokens, config.contrast_weight * of_text / of_facts if of_text else 1.0, 1.0)
             bar.update()
     return stream.solve()
@@ -194,7 +195,8 @@ def _text_tokens(tape: AnswerCapture, batch: Batch, gradients: bool) -> Tokens:
             return tape.forward(batch, at).tokens
     logits, hidden = tape.predict(tape.below(batch), at)
     following = batch.input_ids[batch.attention_mask].roll(-1)[at].to(logits.device)
-    return tape.backward(-F.cross_entropy(at_least_float32(logits), following, reduction="sum"), hidden)
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # at once: a copy of the logits would be as much again
+    return tape.backward(-F.nll_loss(logits.log_softmax(-1, dtype), following, reduction="sum"), hidden)
 
 
 def check_fitted_on(subspaces: Subspaces, own: str) -> None:

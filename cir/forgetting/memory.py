@@ -16,9 +16,9 @@ from cir.model.offload import free_memory, upper_modules
 from cir.model.sites import Site, Stack, Target, sites_of
 
 OFFLOAD = ("auto", "always", "never")
-TOKENS_AT_ONCE, ON_GPU, STEP_ON_GPU = 512, 2048, 1024
+TOKENS_AT_ONCE, ON_GPU, STEP_ON_GPU = 512, 2048, 768
 """In one forward. A GPU multiplies 512 tokens by a layer of Llama-3.1-8B in less time than the host takes to launch
-it. Steps are launched as graphs, and what autograd keeps of 1024 tokens is an eighth of those weights.
+it. Steps are launched as graphs, and what autograd keeps of 768 tokens is an eighth of those weights.
 """
 LEAST_AT_ONCE = 32
 """A sentence: no step is made smaller."""
@@ -31,9 +31,11 @@ class Need:
     """Bytes of the device's memory that a run takes beyond the weights.
 
     Attributes:
-        held: throughout: bases, the moments of the next ones and, without a GPU, copies of the updated weights.
+        held: throughout: bases, without a GPU copies of the updated weights, and in the paper's way moments.
         rows: of the largest step, at every site. token: that autograd keeps for one of the ``tokens`` run at once.
         check: the logits of a budget check.
+        moments: that bases are solved from, beyond the bases. solving: what one of them takes. predicted: that
+            autograd keeps for a token of text, of which half as many are run with gradients.
     """
 
     held: int
@@ -41,10 +43,14 @@ class Need:
     token: int
     check: int
     tokens: int = TOKENS_AT_ONCE
+    moments: int = 0
+    solving: int = 0
+    predicted: int = 0
 
     @property
     def peak(self) -> int:
-        return self.held + max(self.rows + self.token * self.tokens, self.check)
+        fit = self.moments + max(self.solving, self.predicted * min(self.tokens, TOKENS_AT_ONCE) // 2)
+        return self.held + max(fit, self.rows + self.token * self.tokens, self.check)
 
     def within(self, have: int) -> Need:
         """The same with as few tokens at once as ``have`` bytes take.
@@ -53,6 +59,9 @@ class Need:
             MemoryError: if they do not take it with the least.
         """
         room = (have - self.held - self.rows) // self.token
+        if self.predicted:
+            fitted = 2 * (have - self.held - self.moments) // self.predicted
+            room = room if fitted >= TOKENS_AT_ONCE else min(room, fitted)
         need = replace(self, tokens=max(LEAST_AT_ONCE, min(self.tokens, room)))
         if need.peak > have:
             raise MemoryError(
@@ -88,12 +97,14 @@ def needed_to_forget(
     ranks = {site: rank_at(site, config.rank) for site in sites}
     size = targets[0].linear.weight.element_size()
     vocabulary = model.config.get_text_config().vocab_size
-    # The moments of a site are let go as its basis comes, which takes a few of their size.
+    # The moments of a site are let go as its basis comes, which takes a few of their size; the narrow ones first.
     sketched = {site: columns_at(site, rank) for site, rank in ranks.items()}
     solving = max(8 * columns * (4 * site.width + 3 * columns) for site, columns in sketched.items())
-    held = max(sum(4 * columns * site.width for site, columns in sketched.items()), _moments(ranks) + solving)
+    bases = sum(4 * columns * site.width for site, columns in sketched.items())
+    held, moments = bases, max(0, _moments(ranks) - bases)
     hidden, inner = sorted(stack.mlps[0].targets[0].linear.weight.shape)
     depth = len(targets) // 2
+    layers = depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner)
     if device.type != "cuda":
         held += (3 if config.full_check else 2) * sum(target.linear.weight.nbytes for target in targets)
         held += sum(target.linear.weight.nbytes for mlp in stack.mlps[-depth:] for target in mlp.targets)
@@ -104,12 +115,12 @@ def needed_to_forget(
         rows=2 * 4 * config.batch_size * size * sum(site.width for site in sites),
         # Of every token logits, as they come and in float32 twice; or what autograd keeps, and of a quarter of the
         # tokens logits, in float32, as log-probabilities, and their gradients.
-        token=max(
-            vocabulary * (size + 8),
-            depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner) + vocabulary * (size + 12) // 4,
-        ),
+        token=max(vocabulary * (size + 8), layers + vocabulary * (size + 12) // 4),
         tokens=tokens_of_a_step(device),
         check=vocabulary * (tokens_at_once(device) * size + WINDOW * 8),
+        moments=moments,
+        solving=solving,
+        predicted=layers + vocabulary * (size + 8),
     )
 
 

@@ -259,12 +259,12 @@ class SubspaceStream:
 
     def solve(self) -> SiteSubspaces:
         """Turn what was observed into subspaces, and start the next stream empty and warm."""
-        # The moments of a site are let go as its basis comes: of large ranks both at once would be the most held.
+        # The moments of a site are let go as its basis comes, the narrow ones first: what solves a wide one is most.
         solved = {
             site.name: common_subspace(
                 self._moments.pop(site.name), self._ranks[site], self._mode, self._ridges[site.kind]
             )
-            for site in self._sites
+            for site in sorted(self._sites, key=lambda site: site.width)
         }
         self._components = {name: subspace.basis for name, subspace in solved.items()}
         self._random = {}
