@@ -99,7 +99,10 @@ def needed_to_forget(
     vocabulary = model.config.get_text_config().vocab_size
     # The moments of a site are let go as its basis comes, which takes a few of their size; the narrow ones first.
     sketched = {site: columns_at(site, rank) for site, rank in ranks.items()}
-    solving = max(8 * columns * (4 * site.width + 3 * columns) for site, columns in sketched.items())
+    solving = freed = 0
+    for site, columns in sorted(sketched.items(), key=lambda item: item[0].width):
+        solving = max(solving, 8 * columns * (4 * site.width + 3 * columns) - freed)
+        freed += (8 - 4) * columns * site.width
     bases = sum(4 * columns * site.width for site, columns in sketched.items())
     held, moments = bases, max(0, _moments(ranks) - bases)
     hidden, inner = sorted(stack.mlps[0].targets[0].linear.weight.shape)
