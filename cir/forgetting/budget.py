@@ -11,7 +11,7 @@ import torch
 
 from cir.data.facts import Fact
 from cir.data.sampling import sample
-from cir.forgetting.plan import EpochLosses, Losses
+from cir.forgetting.plan import EpochLosses, Losses, Recalls
 from cir.forgetting.report import Epoch, Measure, Report
 from cir.forgetting.update import NonFiniteError, interpolate, phase, restore, snapshot
 from cir.measures import loss_rise, recall, token_losses
@@ -25,7 +25,7 @@ RETREATS = 3
 
 class Meter:
     """Measures the model against its state ``before``, when the meter was made, on at most ``tokens`` of ``rows``
-    (N, L), half of them where the text is nearest the facts. ``read`` is of :class:`cir.forgetting.plan.Run`.
+    (N, L), half of them where the text is nearest the facts. ``read``, ``ask``: of :class:`cir.forgetting.plan.Run`.
     """
 
     def __init__(
@@ -36,8 +36,9 @@ class Meter:
         rows: torch.Tensor,
         tokens: int | None,
         read: Callable[[torch.Tensor], Losses] | None = None,
+        ask: Callable[[Sequence[Fact]], Recalls] | None = None,
     ) -> None:
-        self._model, self._tokenizer, self._facts = model, tokenizer, facts
+        self._recalls: Recalls = partial(recall, model, tokenizer, facts) if ask is None else ask(facts)
         near = tokenizer([sentence for fact in facts for sentence in fact.sentences])["input_ids"]
         self._sample = sample(rows, tokens, near)
         with phase("budget check"):
@@ -66,7 +67,7 @@ class Meter:
     def _measured(self, losses: torch.Tensor) -> Measure:
         rise, stderr = loss_rise(losses, self._original, self._sample)
         with phase("recall"):
-            recalls = recall(self._model, self._tokenizer, self._facts)
+            recalls = self._recalls()
         worst = float((losses - self._original).mean(1).max())
         return Measure(recalls, self._sample.mean(losses.mean(1))[0], rise, stderr, worst)
 

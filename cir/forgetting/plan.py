@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cir.data.facts import Fact
 from cir.model.sites import Target
 
 
@@ -33,6 +34,8 @@ Epoch = Callable[[int], EpochLosses]
 """Runs the epoch of a number, from 1 on."""
 Losses = Callable[[], Tensor]
 """The loss in nats of each predicted token of windows of text, as the model is now."""
+Recalls = Callable[[], dict[str, float]]
+"""What :func:`cir.measures.recall` is of facts, as the model is now."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ class Run:
 
     Attributes:
         start: fits what has to be fitted before the first epoch.
-        read: given windows of text, their losses, for less than whole forwards; None where nothing is saved.
+        read, ask: given windows of text, their losses, and given facts, their recall, for less than whole forwards;
+            None where nothing is saved.
     """
 
     start: Callable[[], Epoch]
     read: Callable[[Tensor], Losses] | None = None
+    ask: Callable[[Sequence[Fact]], Recalls] | None = None
 
 
 @dataclass(frozen=True)

@@ -291,9 +291,10 @@ def _asked(
 
 
 class Probed:
-    """Recall of facts with probes, again and again while only late layers change; those below are run once."""
+    """Recall of facts by their probes, again and again while only late layers change; those below are run once."""
 
     def __init__(self, tape: AnswerCapture, tokenizer: Any, facts: Sequence[Fact], at_once: int) -> None:
+        facts = [fact for fact in facts if fact.probes]
         probes = [(place, probe) for place, fact in enumerate(facts) for probe in fact.probes]
         told = []
         for number, (_, probe) in enumerate(probes):

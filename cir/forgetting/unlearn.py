@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from cir.forgetting.budget import Best, Meter, reached
 from cir.forgetting.fitting import Subspaces, check_fitted_on, fitted
 from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.locate import located
-from cir.forgetting.memory import fits, needed_to_forget
+from cir.forgetting.memory import fits, needed_to_forget, tokens_at_once
 from cir.forgetting.paper import plan_breaking
-from cir.forgetting.plan import Epoch, Plan, Run
-from cir.forgetting.questions import LIKE, likeness, questions
+from cir.forgetting.plan import Epoch, Plan, Recalls, Run
+from cir.forgetting.questions import LIKE, Probed, likeness, questions
 from cir.forgetting.report import Clock, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.forgetting.reread import Reread
 from cir.forgetting.signals import stop_on_signals
@@ -158,7 +159,12 @@ def _plan(
                     _warn_of(facts, likeness(forgetter.asked, asked))
                 return lambda number: forgetter.epoch(on_step, stop)
 
-            yield Run(start, lambda windows: Reread(tape, windows).losses)
+            def ask(asked: Sequence[Fact]) -> Recalls:
+                return partial(Probed(tape, tokenizer, asked, tokens_at_once(model.device)).recall, tape)
+
+            # Letters of multiple-choice questions are compared by the whole model.
+            by_letter = any(not fact.probes and fact.choices for fact in facts)
+            yield Run(start, lambda windows: Reread(tape, windows).losses, None if by_letter else ask)
 
     epochs = -(-config.max_steps // config.check_every)
     batches = -(-len(facts) // config.batch_size)
@@ -196,7 +202,7 @@ def _run(
         plan.opened(bar.update, stop) as run,
     ):
         with clock.phase("measure"):
-            meter = Meter(model, tokenizer, facts, plan.disruption, config.disruption_tokens, run.read)
+            meter = Meter(model, tokenizer, facts, plan.disruption, config.disruption_tokens, run.read, run.ask)
             whole = meter
             if config.full_check and meter.partial:
                 whole = Meter(model, tokenizer, facts, plan.disruption, None)
