@@ -149,20 +149,21 @@ class Forgetter:
         config, parts = self._config, self._batches[number]
         read = self._read(parts)
         rows = joined(read)
-        mean = float(rows.odds.mean())
-        if not torch.isfinite(rows.odds).all():
-            raise NonFiniteError(f"expected finite log-odds, got a mean of {mean}; no weight was changed")
         before = self._before.setdefault(number, rows.odds)
         floors = (before - LEAST_FALL).clamp_max(config.floor if floor is None else floor)
         live, left = rows.odds > floors, rows.odds - floors
         if config.relearning_steps and (len(parts) > 1 or self._peers):
             back = self._returning(number)
             rows, live, left = _replaced(read, back, floors, config.relearning_floor)
-        count = int(live.sum())
-        self._left[number] = set(rows.owners[live].tolist())
-        if not count:
+        odds, live, left = torch.stack([rows.odds, live.to(left), left]).cpu()
+        mean = float(odds.mean())
+        if not torch.isfinite(odds).all():
+            raise NonFiniteError(f"expected finite log-odds, got a mean of {mean}; no weight was changed")
+        kept = live.nonzero().squeeze(1)
+        self._left[number] = set(rows.owners[kept].tolist())
+        if not len(kept):
             return Step({}, mean, 0)
-        return Step(self._dosed(rows[live], left[live]), mean, count)
+        return Step(self._dosed(rows[kept], left[kept]), mean, len(kept))
 
     def apply(self, step: Step, scale: float = 1.0) -> None:
         """Add ``scale`` times a step to the weights."""
@@ -236,16 +237,14 @@ def doses(owners: Tensor, effects: Tensor, lengths: Tensor, dose: Tensor, longes
         effects, lengths: (T, T) sums over all linears of (G_t . G'_u) (A_t . A'_u) and (G'_t . G'_u) (A'_t . A'_u).
     """
     facts, place = owners.unique(return_inverse=True)
+    place = place.to(effects.device)
     same = place[:, None] == place
-    effect, squared = (
-        torch.zeros(len(facts), dtype=gram.dtype, device=gram.device).index_add_(
-            0, place.to(gram.device), (gram * same.to(gram.device)).sum(1)
-        )
-        for gram in (effects, lengths)
+    effect, squared, wanted = (
+        effects.new_zeros(len(facts)).index_add_(0, place, rows.to(effects))
+        for rows in ((effects * same).sum(1), (lengths * same).sum(1), dose)
     )
-    wanted = torch.zeros_like(effect).index_add_(0, place.to(effect.device), dose.to(effect))
     scale = torch.minimum(wanted / effect, longest * squared.clamp_min(0).rsqrt())
-    return -torch.where((effect <= 0) | (squared <= 0), torch.zeros_like(scale), scale)[place.to(scale.device)]
+    return -torch.where((effect <= 0) | (squared <= 0), torch.zeros_like(scale), scale)[place]
 
 
 def _gram(targets: Sequence[Target], left: Tokens, right: Tokens) -> Tensor:

@@ -35,7 +35,8 @@ class Questions:
 
     Attributes:
         below: what the layers that do not change say of the sentences.
-        at: of each, the place of the real token that predicts it. answers: its id. owners: number of its fact.
+        at: of each, the place of the real token that predicts it. answers: its id. owners: number of its fact, on
+            the host.
     """
 
     below: Below
@@ -51,7 +52,7 @@ class Questions:
             return {ODDS: odds.detach(), **tape.backward((odds * given["counts"].to(odds)).sum(), hidden)}
 
         tokens = self._told("read", function, replays)
-        return Rows(self.owners, tokens.pop(ODDS).to(self.owners.device), tokens)
+        return Rows(self.owners, tokens.pop(ODDS), tokens)
 
     @torch.no_grad()
     def odds(self, tape: AnswerCapture, replays: Replays | None = None) -> Tensor:
@@ -60,7 +61,7 @@ class Questions:
         def function(given: Values) -> Values:
             return {ODDS: self._predicted(tape, given)[0]}
 
-        return self._told("odds", function, replays)[ODDS].to(self.owners.device)
+        return self._told("odds", function, replays)[ODDS]
 
     @property
     def states(self) -> Tensor | None:
@@ -98,7 +99,7 @@ class Rows:
     """The tokens that tell facts, T of them.
 
     Attributes:
-        owners: (T,) number of the fact of each. odds: (T,) log p / (1 - p) of its probability, in nats.
+        owners: (T,) number of the fact of each, on the host. odds: (T,) log p / (1 - p) of its probability, in nats.
         tokens: at every site, rows (T, width): inputs where each is predicted, and gradients of its log-odds.
     """
 
@@ -107,11 +108,10 @@ class Rows:
     tokens: Tokens
 
     def __getitem__(self, kept: Tensor) -> Rows:
-        """Those of the places, or of the mask, ``kept``."""
-        if kept.dtype == torch.bool:
-            kept = kept.nonzero().squeeze(1)  # once: each indexing by a mask would wait for the device
-        tokens = {name: rows[kept.to(rows.device)] for name, rows in self.tokens.items()}
-        return Rows(self.owners[kept], self.odds[kept], tokens)
+        """Those of the places ``kept``, which are on the host."""
+        on = {device: kept.to(device) for device in {rows.device for rows in (self.odds, *self.tokens.values())}}
+        tokens = {name: rows[on[rows.device]] for name, rows in self.tokens.items()}
+        return Rows(self.owners[kept], self.odds[on[self.odds.device]], tokens)
 
     def split(self, counts: Sequence[int]) -> list[Rows]:
         """In parts of so many."""
@@ -255,11 +255,12 @@ def _read(tape: AnswerCapture, part: Sequence[tuple[int, Statement]], first: lis
     if len(found.at) > len(part):
         # The same tokens after a few others alone.
         pairs = [(row, statement.ids, place) for row, (_, statement) in enumerate(part) for place in statement.told]
-        rows = torch.tensor([row for row, _, _ in pairs], device=tape.device)
+        rows = torch.tensor([row for row, _, _ in pairs])
         alone = pad([first + ids[max(place - CONTEXT, len(first)) : place] for _, ids, place in pairs])
         alone = alone.to(tape.device)
         ends = alone.attention_mask.sum(1).cumsum(0) - 1
-        gain = found.odds(tape) - Questions(tape.below(alone), ends, found.answers, found.owners).odds(tape)
+        apart = Questions(tape.below(alone), ends, found.answers, found.owners)
+        gain = (found.odds(tape) - apart.odds(tape)).cpu()
         most = gain.new_full((len(part),), -torch.inf).scatter_reduce(0, rows, gain, "amax")
         kept = ((gain >= GAIN) | (gain == most[rows])).tolist()
         told = [[] for _ in part]
@@ -284,7 +285,7 @@ def _asked(
     pairs = [(row, place) for row, (_, statement) in enumerate(part) for place in statement.told]
     rows, places = (torch.tensor(numbers, device=tape.device) for numbers in zip(*pairs, strict=True))
     answers = torch.tensor([part[row][1].ids[place] for row, place in pairs], device=tape.device)
-    owners = torch.tensor([number for number, _ in part], device=tape.device)[rows]
+    owners = torch.tensor([part[row][0] for row, _ in pairs])
     known = [hidden for hidden in states if hidden is not None]
     below = tape.below(batch, torch.cat(known) if len(known) == len(part) else None)
     return Questions(below, (lengths.cumsum(0) - lengths)[rows] + places - 1, answers, owners)
@@ -310,7 +311,7 @@ class Probed:
         if not self._facts:
             return {}
         odds = torch.cat([part.odds(tape, replays) for part in self._parts]).double().cpu()  # one wait
-        probes = torch.cat([part.owners for part in self._parts]).cpu()
+        probes = torch.cat([part.owners for part in self._parts])
         logprobs = odds.new_zeros(len(self._of_fact)).index_add_(0, probes, F.logsigmoid(odds))
         means = odds.new_zeros(len(self._facts)).index_add_(0, self._of_fact, logprobs.exp())
         means /= torch.bincount(self._of_fact, minlength=len(self._facts))
