@@ -26,7 +26,6 @@ from torch import Tensor
 import cir_kernels as ck
 from bench.records import ROOT, write_rows
 from cir_kernels import reference
-from cir_kernels.outer import uses_gram
 
 TOKENS, WIDTHS, RANKS = (256, 4096, 64, 1280), (4096, 14336), (24, 64, 512)
 """The first matter most: of a step of one fact's peers, and of a batch."""
@@ -75,10 +74,6 @@ def cases() -> Iterator[Case]:
         yield Case("accumulate_scatter", rows, width, None, once, flops, ((once, once, flops),))
         d_out = 4096 if width == 14336 else 14336
         pair, product = x + 2.0 * rows * d_out, 2.0 * rows * width * d_out
-        gram = 1.0 * rows * rows * (width + d_out)
-        chosen, n = (gram, 2) if uses_gram(rows, width, d_out) else (product, 2)
-        launches = ((pair, pair, chosen),) + ((0.0, 0.0, 0.0),) * (n - 1)
-        yield Case("outer_norm_sq", rows, width, None, pair, min(product, gram), launches)
         once = pair + 4.0 * width * d_out
         yield Case("outer_update_", rows, width, None, once, product, ((once, once, product),))
 
@@ -168,14 +163,6 @@ def forms(case: Case) -> tuple[Forms, Callable[[], float]]:
         return {"triton": ours, "eager": product, "compile": _compiled(product)}, check
     d_out = 4096 if case.width == 14336 else 14336
     g = rand(case.rows, d_out)
-    if case.op == "outer_norm_sq":
-
-        def norm() -> Tensor:
-            return (g.T @ x).float().square().sum()
-
-        want = (g.double().T @ x.double()).square().sum()
-        ours = lambda: ck.outer_norm_sq([([g], x)])  # noqa: E731
-        return {"triton": ours, "eager": norm, "compile": _compiled(norm)}, lambda: error(ours(), want) / 2**-14
     w, scale = rand(d_out, case.width), torch.tensor(1e-4, device="cuda")
 
     def update() -> Tensor:

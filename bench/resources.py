@@ -82,8 +82,6 @@ def launches() -> list[Launch]:
                 c = torch.empty(1, dtype=sum_type).expand((width * (width + 1) // 2,) if packed else (width, width))
                 ops.accumulate_scatter(c, x, mean, None, "triton")
             g = torch.empty(rows, 1536, dtype=dtype)
-            ops.outer_norm_sq([g, g], [x], [2], True, state.count.double(), "triton")
-            ops.outer_norm_sq([g], [x], [1], False, state.count.double(), "triton")
             w = torch.empty(1536, width, dtype=dtype)
             for rounding in ck.ROUNDINGS:
                 remainder = torch.empty(w.shape, dtype=torch.int16) if rounding == "compensated" else None

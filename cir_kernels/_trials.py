@@ -8,7 +8,7 @@ from torch import Tensor
 from cir_kernels._dispatch import TRIALS
 from cir_kernels.collapse import collapse
 from cir_kernels.moments import accumulate_moments, new_moments
-from cir_kernels.outer import outer_norm_sq, outer_update_
+from cir_kernels.outer import outer_update_
 from cir_kernels.scatter import accumulate_scatter
 
 ROWS, WIDTH = 256, 4096
@@ -39,15 +39,6 @@ def _scatter(device: torch.device, dtype: torch.dtype) -> Pair:
     return accumulate_scatter(kernel, x, backend="triton"), accumulate_scatter(plain, x, backend="torch")
 
 
-def _norm(device: torch.device, dtype: torch.dtype) -> Pair:
-    """Of few rows and of many, which are two kernels."""
-    results = []
-    for backend in ("triton", "torch"):
-        pairs = [(_random(device, n, 512).to(dtype), _random(device, n, 1024).to(dtype)) for n in (ROWS, WIDTH)]
-        results.append(torch.stack([outer_norm_sq([([g], a)], backend=backend).sqrt() for g, a in pairs]))
-    return results[0], results[1]
-
-
 def _update(device: torch.device, dtype: torch.dtype) -> Pair:
     """What is added to weights of the dtype, and the signs: of odd numbers, so that none is decided by rounding."""
     g, a = (_random(device, WIDTH - 1, n).sign().to(dtype) for n in (512, 1024))
@@ -64,6 +55,5 @@ TRIALS.update(
     collapse=_collapse,
     accumulate_moments=_moments,
     accumulate_scatter=_scatter,
-    outer_norm_sq=_norm,
     outer_update_=_update,
 )

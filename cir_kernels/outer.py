@@ -11,19 +11,20 @@ from torch import Tensor
 
 from cir_kernels import reference
 from cir_kernels._checks import check_device, check_rows
-from cir_kernels._dispatch import dot, narrow, register, resolve, tl, triangle, triton
+from cir_kernels._dispatch import dot, narrow, register, resolve, tl, triton
 from cir_kernels.rounding import ROUNDINGS, dithered, divided, hashed, joined, last_places
 
+FEW_ROWS = 512
+"""Of which Gram matrices in float32 take a GPU less time than reading and writing the product in bfloat16."""
 Group = tuple[Sequence[Tensor], Tensor]
 """Output gradients G (T, D_out) of the linears that read one input, and that input A (T, D_in)."""
 
 
-def outer_norm_sq(groups: Sequence[Group], *, backend: str | None = None) -> Tensor:
-    """Sum over ``groups`` and their gradients of ||G^T A||_F^2, without forming G^T A.
+def outer_norm_sq(groups: Sequence[Group]) -> Tensor:
+    """Sum over ``groups`` and their gradients of ||G^T A||_F^2, by products of the library, with little memory.
 
-    ||G^T A||^2 = sum((G G^T) * (A A^T)) costs two T x T Gram matrices, in tiles that are never stored, one launch
-    for all linears. Where T is so large that the products themselves are fewer operations, those are formed, tile
-    by tile, and squared.
+    ||G^T A||^2 = sum((G G^T) * (A A^T)) costs two T x T Gram matrices; where T is so large that the products G^T A
+    themselves are fewer operations, or a GPU forms them in bfloat16 in less time, these are formed, by blocks.
 
     Returns:
         A float64 scalar tensor on the device of the first input; zero for T = 0. Sums are ordered.
@@ -31,23 +32,18 @@ def outer_norm_sq(groups: Sequence[Group], *, backend: str | None = None) -> Ten
     Raises:
         TypeError: if a matrix is not a floating tensor.
         ValueError: if a group has no gradients, or row counts, dtypes or devices differ within it.
-        RuntimeError: if the backend asked for cannot run.
     """
     totals = []
-    by_form: dict[tuple[bool, str, torch.device, torch.dtype], list[Group]] = {}
     for grads, a in groups:
         if not grads:
             raise ValueError("groups: expected at least one gradient beside each input, got none")
         for g in grads:
             _check_pair(g, a)
-        d_out = sum(g.shape[1] for g in grads)
-        gram = uses_gram(len(a), a.shape[1], d_out)
-        by_form.setdefault((gram, resolve(backend, a, "outer_norm_sq"), a.device, a.dtype), []).append((grads, a))
-    for (gram, chosen, device, _), members in by_form.items():
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        grads = [g for group, _ in members for g in group]
-        _outer_norm_sq(grads, [a for _, a in members], [len(group) for group, _ in members], gram, total, chosen)
-        totals.append(total)
+        tensor_cores = a.is_cuda and a.dtype == torch.bfloat16
+        gram = uses_gram(len(a), a.shape[1], sum(g.shape[1] for g in grads)) and not (
+            tensor_cores and len(a) > FEW_ROWS
+        )
+        totals.append((reference.outer_norm_sq_gram if gram else reference.outer_norm_sq_direct)(grads, a))
     if not totals:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([total.to(totals[0].device) for total in totals]).sum()
@@ -56,26 +52,6 @@ def outer_norm_sq(groups: Sequence[Group], *, backend: str | None = None) -> Ten
 def uses_gram(n_tokens: int, d_in: int, d_out: int) -> bool:
     """Whether Gram matrices, of which little more than half is formed, take less than the products G^T A."""
     return n_tokens * (d_in + d_out) <= 1.5 * d_in * d_out
-
-
-@register(
-    "outer_norm_sq(Tensor[] grads, Tensor[] inputs, int[] counts, bool gram, Tensor(a!) total, str backend) -> ()"
-)
-def _outer_norm_sq(
-    grads: list[Tensor], inputs: list[Tensor], counts: list[int], gram: bool, total: Tensor, backend: str
-) -> None:
-    left = iter(grads)
-    groups = [([next(left) for _ in range(count)], a) for a, count in zip(inputs, counts, strict=True)]
-    if backend == "torch":
-        norm = reference.outer_norm_sq_gram if gram else reference.outer_norm_sq_direct
-        for of_group, a in groups:
-            total += norm(of_group, a)
-    elif gram:
-        total += _gram_norm_sq(groups)
-    else:
-        for of_group, a in groups:
-            for g in of_group:
-                total += _direct_norm_sq(g, a)
 
 
 def _check_pair(g: Tensor, a: Tensor) -> None:
@@ -87,100 +63,6 @@ def _check_pair(g: Tensor, a: Tensor) -> None:
             f"and {tuple(a.shape)} {a.dtype}"
         )
     check_device(g=g, a=a)
-
-
-def _gram_norm_sq(groups: Sequence[Group]) -> Tensor:
-    """One program for each group and pair of row blocks, which finds its matrices in a table of addresses."""
-    block = 64
-    sample = groups[0][1]
-    row_blocks = max(triton.cdiv(len(a), block) for _, a in groups)
-    if not row_blocks:
-        return torch.zeros((), dtype=torch.float64, device=sample.device)
-    starts, table = [0], list[list[int]]()
-    for grads, a in groups:
-        table.extend([x.data_ptr(), x.shape[1], *x.stride(), len(x)] for x in (a, *grads))
-        starts.append(len(table))
-    table_on = torch.tensor(table, dtype=torch.int64).to(sample.device, non_blocking=True)
-    starts_on = torch.tensor(starts, dtype=torch.int64).to(sample.device, non_blocking=True)
-    tiles = row_blocks * (row_blocks + 1) // 2
-    parts = sample.new_zeros(len(groups), tiles, dtype=torch.float64)
-    _gram_kernel[(tiles, len(groups))](
-        sample,  # only its type is read
-        table_on,
-        starts_on,
-        parts,
-        BLOCK_T=block,
-        BLOCK_D=64 if sample.element_size() == 2 else 32,
-        num_warps=8,
-        num_stages=3,
-    )
-    return parts.sum()
-
-
-@triton.jit
-def _gram_kernel(
-    x_ptr,
-    table_ptr,
-    starts_ptr,
-    parts_ptr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    i_tile, i_group = tl.program_id(0), tl.program_id(1)
-    i, j = triangle(i_tile)
-    first = tl.load(starts_ptr + i_group)
-    last = tl.load(starts_ptr + i_group + 1)
-    n_tokens = tl.load(table_ptr + 5 * first + 4)
-    if i * BLOCK_T < n_tokens:
-        gram = _gram_tile(x_ptr, table_ptr, first, i, j, BLOCK_T, BLOCK_D)
-        of_grads = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
-        for entry in range(first + 1, last):
-            of_grads += _gram_tile(x_ptr, table_ptr, entry, i, j, BLOCK_T, BLOCK_D)
-        # A tile off the diagonal stands for its mirror image too.
-        total = tl.sum(tl.sum(gram * of_grads, axis=1).to(tl.float64))
-        tl.store(parts_ptr + i_group * tl.num_programs(0) + i_tile, tl.where(i == j, total, 2 * total))
-
-
-@triton.jit
-def _gram_tile(x_ptr, table_ptr, entry, i, j, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Block (i, j) of X X^T for the matrix that ``entry`` of the table describes."""
-    p_entry = table_ptr + 5 * entry
-    p_x = tl.load(p_entry).to(x_ptr.dtype)
-    width, stride_t, stride_d = tl.load(p_entry + 1), tl.load(p_entry + 2), tl.load(p_entry + 3)
-    n_tokens = tl.load(p_entry + 4)
-    o_i, o_j = i * BLOCK_T + tl.arange(0, BLOCK_T), j * BLOCK_T + tl.arange(0, BLOCK_T)
-    acc = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
-    for d in range(0, width, BLOCK_D):
-        o_d = d + tl.arange(0, BLOCK_D)
-        m_d = (o_d < width)[None, :]
-        p_i = p_x + o_i[:, None] * stride_t + o_d[None, :] * stride_d
-        p_j = p_x + o_j[:, None] * stride_t + o_d[None, :] * stride_d
-        b_i = tl.load(p_i, mask=m_d & (o_i < n_tokens)[:, None], other=0.0)
-        b_j = tl.load(p_j, mask=m_d & (o_j < n_tokens)[:, None], other=0.0)
-        acc = dot(b_i, tl.trans(b_j), acc)
-    return acc
-
-
-def _direct_norm_sq(g: Tensor, a: Tensor) -> Tensor:
-    block_m, block_n, block_t, warps = _product_blocks(a.dtype)
-    grid = (triton.cdiv(g.shape[1], block_m), triton.cdiv(a.shape[1], block_n))
-    parts = a.new_empty(grid, dtype=torch.float64)
-    _direct_kernel[grid](
-        g,
-        a,
-        parts,
-        len(a),
-        g.shape[1],
-        a.shape[1],
-        *g.stride(),
-        *a.stride(),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_T=block_t,
-        num_warps=warps,
-        num_stages=3,
-    )
-    return parts.sum()
 
 
 def _product_blocks(dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -214,31 +96,6 @@ def _outer_tile(
         b_a = tl.load(p_a, mask=m_t & (o_n < d_in)[None, :], other=0.0)
         acc = dot(tl.trans(b_g), b_a, acc)
     return acc
-
-
-@triton.jit
-def _direct_kernel(
-    g_ptr,
-    a_ptr,
-    parts_ptr,
-    n_tokens,
-    d_out,
-    d_in,
-    stride_gt,
-    stride_gd,
-    stride_at,
-    stride_ad,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    o_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    tile = _outer_tile(
-        g_ptr, a_ptr, o_m, o_n, n_tokens, d_out, d_in, stride_gt, stride_gd, stride_at, stride_ad, BLOCK_T
-    )
-    rows = tl.sum(tile * tile, axis=1).to(tl.float64)
-    tl.store(parts_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(rows))
 
 
 def outer_update_(

@@ -102,10 +102,17 @@ def outer_norm_sq_gram(grads: Sequence[Tensor], a: Tensor) -> Tensor:
 
 
 def outer_norm_sq_direct(grads: Sequence[Tensor], a: Tensor) -> Tensor:
-    """Sum over G of ||G^T A||_F^2 from the D_out x D_in products, for T above the widths."""
-    dtype = _compute_dtype(a.dtype)
-    a = a.to(dtype)
-    return torch.stack([_sum((g.to(dtype).T @ a).square_()) for g in grads]).sum()
+    """Sum over G of ||G^T A||_F^2 from the D_out x D_in products, for T above the widths.
+
+    On a GPU products of bfloat16 are rounded to it: by 2^-9 of each entry, which is 2^-18 of the norm.
+    """
+    dtype = a.dtype if a.is_cuda and a.dtype == torch.bfloat16 else _compute_dtype(a.dtype)
+    a, total = a.to(dtype), a.new_zeros((), dtype=torch.float64)
+    for g in grads:
+        for start in range(0, g.shape[1], 1024):
+            product = g[:, start : start + 1024].to(dtype).T @ a
+            total += _sum(product.to(_compute_dtype(dtype)).square_())
+    return total
 
 
 def outer_update_(

@@ -93,6 +93,14 @@ def test_fewer_tokens_at_once_where_memory_is_short_and_an_error_where_none_is_e
         need.within(1419)  # a sentence takes 1420
     with pytest.raises(MemoryError):
         replace(need, check=2000).within(2999)
+    # Text that subspaces are fitted on, of which half as many tokens have gradients.
+    fitting = replace(need, moments=1000, solving=2000, predicted=20)
+    assert fitting.peak == 1000 + 1000 + 20 * 256
+    assert replace(fitting, predicted=1).peak == need.peak
+    assert fitting.within(6000).tokens == 400
+    assert fitting.within(6000).peak == 6000
+    with pytest.raises(MemoryError):
+        fitting.within(3999)
 
 
 def test_the_upper_weights_move_where_they_have_to(model, monkeypatch):

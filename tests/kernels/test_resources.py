@@ -16,8 +16,6 @@ from cir_kernels._dispatch import HAS_TRITON
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCTS = {
     "_update_kernel",
-    "_direct_kernel",
-    "_gram_kernel",
     "_scatter_kernel",
     "_project_kernel",
     "_moments_kernel",
@@ -81,7 +79,7 @@ def test_products_run_on_tensor_cores(rows):
         if products:
             assert row["tensor_cores"], row
     # Full tiles of half-precision products take Hopper's warpgroup instructions.
-    for name in ("_update_kernel", "_direct_kernel", "_gram_kernel", "_scatter_kernel"):
+    for name in ("_update_kernel", "_scatter_kernel"):
         of_half = [
             row
             for row in rows

@@ -193,9 +193,9 @@ def test_outer_norm(dtype, sizes):
         grads = [strided(rand(rows, d_out, seed=10 * i + j, dtype=dtype), "rows") for j in range(1 + i % 2)]
         groups.append((grads, strided(rand(rows, d_in, seed=10 * i + 5, dtype=dtype), "columns")))
     want = sum(float((g.double().T @ a.double()).square().sum()) for grads, a in groups for g in grads)
-    got = float(ck.outer_norm_sq(groups, backend="triton"))
+    got = float(ck.outer_norm_sq(groups))
     scale = sum(float(g.double().square().sum() * a.double().square().sum()) for grads, a in groups for g in grads)
-    assert got == pytest.approx(want, rel=1e-5, abs=1e-6 * scale)
+    assert got == pytest.approx(want, rel=1e-4 if ON_GPU else 1e-5, abs=1e-6 * scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -268,8 +268,7 @@ def test_results_do_not_change_from_run_to_run():
     runs = []
     for _ in range(2):
         state = ck.accumulate_moments(ck.new_moments(90, omega, DEVICE), x, backend="triton")
-        norm = ck.outer_norm_sq([([x], x)], backend="triton")
-        runs.append((state.action, norm))
+        runs.append((state.action, ck.outer_norm_sq([([x], x)])))
     assert torch.equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
 
