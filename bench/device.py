@@ -40,17 +40,17 @@ class Part:
 PARTS = [
     Part(
         "tests",
-        150,
+        110,
         (
             *("pytest", "-q", "-p", "no:cacheprovider", "--numprocesses", "8", "--dist", "worksteal"),
             *("tests/test_cuda.py", "tests/forgetting/test_update.py", "tests/kernels/test_kernels.py"),
             "tests/kernels/test_triton.py",
         ),
     ),
-    Part("default", 120, ("bench.step", "--tasks", "unlearn:ours", "edit:ours")),
-    Part("kernels", 60, ("bench.kernels", "--seconds", "50")),
-    Part("paper", 75, ("bench.step", "--tasks", "W1:eager", "W1:ours")),
-    Part("others", 90, ("bench.step", "--tasks", "W1:saving", "W1:ascent", "W1:trimmed")),
+    Part("default", 110, ("bench.step", "--tasks", "unlearn:ours", "edit:ours")),
+    Part("kernels", 45, ("bench.kernels", "--seconds", "35")),
+    Part("paper", 130, ("bench.step", "--tasks", "W1:eager", "W1:ours")),
+    Part("others", 140, ("bench.step", "--tasks", "W1:saving", "W1:ascent", "W1:trimmed")),
 ]
 
 
