@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import cir
-from cir.config import BreakingConfig, CIRConfig
+from cir.config import BreakingConfig, CIRConfig, EditConfig
 from cir.model import replay
 from cir.model.offload import offloaded, upper_modules
 from cir.model.replay import Replays
 from cir.model.sites import find_stack
-from tests.tiny import TEXT, facts, tiny_llama
+from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CONFIG = BreakingConfig(
@@ -65,6 +65,26 @@ def test_graphs_give_what_calls_give(tokenizer, monkeypatch):
     total = torch.stack([change.norm() for change in want.values()]).norm()
     apart = torch.stack([(change - moved[name]).norm() for name, change in want.items()]).norm()
     assert float(apart / total) < 1e-2
+
+
+def test_graphs_outlive_an_edit_and_edits_take_no_more_memory(monkeypatch):
+    captured = []
+    capture = Replays._capture
+    monkeypatch.setattr(
+        Replays, "_capture", lambda self, key, *rest: captured.append(key) or capture(self, key, *rest)
+    )
+    model, tokenizer, told = knowing_llama().cuda(), word_tokenizer(), cir.load_facts(facts(12))
+    fit = CIRConfig(layers=0.5, retain_tokens=1024)
+    subspaces = cir.Subspaces.fit(model, tokenizer, TEXT, told[:6], config=fit, progress=False)
+    config = EditConfig(target_recall=0.3, keep=0.9, budget=1.0, worst_window=1.0)
+    with cir.Editor(model, tokenizer, subspaces, text=TEXT, config=config) as editor:
+        held = []
+        for fact in told[6:10]:
+            editor.undo(editor.forget(fact))
+            held.append((len(captured), torch.cuda.memory_allocated()))
+        assert held[0][0] > 0
+        assert held[-1][0] == held[-2][0]
+        assert held[-1][1] - held[-2][1] < 2**23  # factors of the edits; a stream's workspace has 2^26
 
 
 def test_the_upper_weights_wait_on_the_host_and_the_outcome_is_the_same(tokenizer):

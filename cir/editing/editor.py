@@ -121,7 +121,8 @@ class Editor:
         self.close()
 
     def close(self) -> None:
-        """Release the journal; the model stays as it is."""
+        """Release the journal and what is held of a GPU's memory for edits; the model stays as it is."""
+        self._replays = Replays()
         if self._journal is not None:
             self._journal.close()
 
