@@ -96,10 +96,11 @@ class Forgetter:
                 own[sentence.owner].append(sentence)
             self._batches = [[ask(tape, [s for i in part for s in own[i]], at_once) for part in of] for of in parts]
             turns = range(min(config.relearning_steps, max(map(len, own))))
-            self._lessons = [
-                [[ask(tape, [own[i][turn % len(own[i])] for i in part], at_once) for turn in turns] for part in of]
-                for of in parts
-            ]
+
+            def lessons(part: Sequence[int]) -> list[list[Questions]]:
+                return [ask(tape, [own[i][turn % len(own[i])] for i in part], at_once) for turn in turns]
+
+            self._lessons = [[lessons(part) for part in of if len(of) > 1] for of in parts]
             self._peers: list[Questions] = []
             if contrast and config.relearning_steps and min(map(len, batches)) == 1:
                 self._peers = peers(tape, tokenizer, contrast, self.asked, asked, max_length=config.max_length)
