@@ -95,12 +95,6 @@ class Forgetter:
             for sentence in sentences(tape, tokenizer, facts, max_length=config.max_length, at_once=at_once):
                 own[sentence.owner].append(sentence)
             self._batches = [[ask(tape, [s for i in part for s in own[i]], at_once) for part in of] for of in parts]
-            turns = range(min(config.relearning_steps, max(map(len, own))))
-
-            def lessons(part: Sequence[int]) -> list[list[Questions]]:
-                return [ask(tape, [own[i][turn % len(own[i])] for i in part], at_once) for turn in turns]
-
-            self._lessons = [[lessons(part) for part in of if len(of) > 1] for of in parts]
             self._peers: list[Questions] = []
             if contrast and config.relearning_steps and min(map(len, batches)) == 1:
                 self._peers = peers(tape, tokenizer, contrast, self.asked, asked, max_length=config.max_length)
@@ -154,7 +148,7 @@ class Forgetter:
         floors = (before - LEAST_FALL).clamp_max(config.floor if floor is None else floor)
         live, left = rows.odds > floors, rows.odds - floors
         if config.relearning_steps and (len(parts) > 1 or self._peers):
-            back = self._returning(number)
+            back = self._returning(parts, read)
             rows, live, left = _replaced(read, back, floors, config.relearning_floor)
         odds, live, left = torch.stack([rows.odds, live.to(left), left]).cpu()
         mean = float(odds.mean())
@@ -179,21 +173,23 @@ class Forgetter:
             rows = joined([asked.read(self._tape, self._replays) for asked in forwards])
             return rows.split([sum(len(asked.at) for asked in part) for part in parts])
 
-    def _returning(self, number: int) -> list[Rows]:
-        """The rows of each part after others were relearned, each part once; the weights are then as before. A step
-        of relearning is of one sentence of each fact, in turn.
+    def _returning(self, parts: Sequence[Sequence[Questions]], read: Sequence[Rows]) -> list[Rows]:
+        """The rows of each part after others were relearned, each part once; the weights are then as before, as they
+        were when the parts were ``read``: what the first step of relearning starts from.
         """
-        parts, lessons = self._batches[number], self._lessons[number]
         order = list(range(len(parts)))
         self._random.shuffle(order)
         halves = order[: len(parts) // 2], order[len(parts) // 2 :]
         found: dict[int, Rows] = {}
         self._spare = snapshot(self._tape.mlps, into=self._spare, near=True)
         for asked, others in (halves, halves[::-1]) if halves[0] else ((order, ()),):
+            lesson = [question for i in others for question in parts[i]] or self._peers
+            rows = joined([read[i] for i in others]) if others else self._read([lesson])[0]
             try:
                 for step in range(self._config.relearning_steps):
-                    lesson = [question for i in others for question in lessons[i][step % len(lessons[i])]]
-                    self._relearn(*self._read([lesson or self._peers]))
+                    if step:
+                        (rows,) = self._read([lesson])
+                    self._relearn(rows)
                 found |= dict(zip(asked, self._read([parts[i] for i in asked]), strict=True))
             finally:
                 restore(self._tape.mlps, self._spare)

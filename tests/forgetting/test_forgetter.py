@@ -197,7 +197,8 @@ def test_relearning_is_undone_and_makes_forgetting_hold(opened):
     def relearned() -> float:
         """Mean log-odds of some facts after the others were relearned."""
         attacker = Forgetter(tape, targets, tokenizer, FACTS[:8], NOTHING, replace(CONFIG, relearning_steps=3))
-        return float(joined(attacker._returning(0)).odds.mean())
+        parts = attacker._batches[0]
+        return float(joined(attacker._returning(parts, attacker._read(parts))).odds.mean())
 
     found = {}
     for steps in (0, 3):
