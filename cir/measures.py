@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cir.data.facts import Fact, load_facts
 from cir.data.sampling import Sample, spread
-from cir.data.tokens import encode, pad, windows
+from cir.data.tokens import continuation, encode, pad, windows
 
 
 @dataclass(frozen=True)
@@ -260,12 +260,12 @@ def _question(fact: Fact) -> str:
 
 @torch.no_grad()
 def score(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Score]:
-    """The score of each (prompt, target), in the order given."""
-    encoded = []
-    for prompt, target in pairs:
-        head = encode(tokenizer, prompt)
-        tail = tokenizer(target, add_special_tokens=False)["input_ids"]
-        encoded.append((head, tail))
+    """The score of each (prompt, target), in the order given.
+
+    Raises:
+        ValueError: as :func:`cir.data.tokens.continuation`.
+    """
+    encoded = [continuation(tokenizer, prompt, target) for prompt, target in pairs]
     # Neighbours in length share a forward, so that little of it is padding.
     order = sorted(range(len(encoded)), key=lambda i: sum(map(len, encoded[i])))
     scores: dict[int, Score] = {}

@@ -91,9 +91,27 @@ def opening(tokenizer: Any) -> list[int]:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of ``text`` as it begins: with BOS where the tokenizer adds one, and without EOS, which would end it
-    where something is to follow.
+    where something is to follow. A text that begins with these tokens, such as a chat template's, has them once.
     """
-    return opening(tokenizer) + list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    first, ids = opening(tokenizer), list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids if ids[: len(first)] == first else first + ids
+
+
+def continuation(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
+    """Token ids of ``prompt`` with ``target`` after it, as one text, parted where the target begins: a token that
+    spans both is the target's. Encoded alone a target may be other tokens, which nobody would write there.
+
+    Raises:
+        ValueError: if nothing is left before the target, or of it.
+    """
+    whole = encode(tokenizer, prompt + target)
+    start = _common(whole, encode(tokenizer, prompt))
+    if not 0 < start < len(whole):
+        raise ValueError(
+            f"expected a prompt and a target of one token at least, got {prompt[-60:]!r} and {target[:60]!r}: "
+            f"{start} of {len(whole)} tokens are the prompt's"
+        )
+    return whole[:start], whole[start:]
 
 
 def pad(rows: Sequence[Sequence[int]]) -> Batch:

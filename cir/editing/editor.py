@@ -26,7 +26,7 @@ from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import WINDOW, recall
 from cir.model.capture import AnswerCapture, Tokens, answering
 from cir.model.replay import Replays
-from cir.model.sites import find_stack
+from cir.model.sites import find_stack, unwrapped
 from cir.proof.relearning import relearn as attack
 
 UNKNOWN = 0.01
@@ -86,15 +86,15 @@ class Editor:
         journal: str | Path | None = None,
         config: EditConfig | None = None,
     ) -> None:
-        self._model, self._tokenizer, self._subspaces = model, tokenizer, subspaces.to(model.device)
+        self._model = model = unwrapped(model)
+        self._tokenizer, self._subspaces = tokenizer, subspaces.to(model.device)
         self._contrast = subspaces.contrast
         self._asked: list[Questions] | None = None
         self._watched: Probed | None = None
         self._replays = Replays()
         self.config = config or EditConfig()
-        stack = find_stack(model)
-        self._stack, self._first = stack, subspaces.fitted_on.get("layers", [0])[0]
-        self._targets = stack.writers(self._first)
+        self._stack, self._first = find_stack(model), subspaces.fitted_on.get("layers", [0])[0]
+        self._targets = self._stack.writers(self._first)
         self.fingerprint = fingerprint(self._targets)
         check_fitted_on(subspaces, self.fingerprint)
         watched = self._contrast if neighbours is None else neighbours

@@ -16,7 +16,7 @@ from torch import Tensor
 from cir.data.facts import Fact, load_facts
 from cir.model.capture import Tokens
 from cir.model.checkpoints import check_output, write_folder
-from cir.model.sites import Target, find_stack
+from cir.model.sites import Target, find_stack, unwrapped
 from cir_kernels import outer_norm_sq, outer_update_
 
 FORMAT = "cir-edit-1"
@@ -113,7 +113,7 @@ class Edit:
 
     def targets_in(self, model: Any) -> list[Target]:
         """The linears of ``model`` that this edit changes."""
-        stack = find_stack(model)
+        stack = find_stack(unwrapped(model))
         every = [*stack.targets(len(stack.mlps) - 1), *stack.writers(0)]
         by_name = {target.name: target for target in every}
         for name, (b, a) in self.factors.items():

@@ -25,7 +25,7 @@ from cir.forgetting.questions import Questions, questions
 from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
 from cir.forgetting.update import fingerprint
 from cir.model.capture import AnswerCapture, Tokens, answering
-from cir.model.sites import Target, find_stack, sites_of
+from cir.model.sites import Target, find_stack, sites_of, unwrapped
 
 FORMAT = "cir-subspaces-2"
 GRADIENTS_EVERY = 4
@@ -68,7 +68,7 @@ class Subspaces(SiteSubspaces):
         Raises:
             ValueError: on bad texts or facts, a rank that some site has not, or nothing to fit on.
         """
-        config = config or CIRConfig()
+        config, model = config or CIRConfig(), unwrapped(model)
         texts = texts if texts is None or isinstance(texts, str) else "\n\n".join(texts)
         facts = load_facts(contrast) if contrast else []
         if texts is None and not facts:

@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from cir.config import CIRConfig
 from cir.data.facts import Fact, load_facts
-from cir.data.tokens import encode
+from cir.data.tokens import continuation, encode
 from cir.forgetting.questions import Questions, questions
 from cir.measures import mean_recall, recall
 from cir.model.capture import AnswerCapture, frozen
-from cir.model.sites import Stack, find_stack
+from cir.model.sites import Stack, find_stack, unwrapped
 
 KINDS = ("mlp", "attention")
 PLACES = ("subject", "last")
@@ -92,6 +92,7 @@ def locate(
         raise ValueError(f"facts: expected at least two with probes, whose mean is taken, got {len(facts)}")
     if width < 1:
         raise ValueError(f"width: expected at least 1, got {width}")
+    model = unwrapped(model)
     stack = find_stack(model)
     modules = _modules(stack)
     places = _places(tokenizer, facts, subjects)
@@ -153,12 +154,12 @@ def _places(
     tokenizer: Any, facts: Sequence[Fact], subjects: Mapping[str, str] | None
 ) -> dict[tuple[int, ...], tuple[int, int]]:
     """By the token ids of a probe with its target, the places of the subject's last token and of the prompt's."""
-    prompts = {probe: encode(tokenizer, probe.prompt) for fact in facts for probe in fact.probes}
-    spread = Counter(token for fact in facts for token in {t for probe in fact.probes for t in prompts[probe]})
+    told = {probe: continuation(tokenizer, probe.prompt, probe.target) for fact in facts for probe in fact.probes}
+    spread = Counter(token for fact in facts for token in {t for probe in fact.probes for t in told[probe][0]})
     found = {}
     for fact in facts:
         for probe in fact.probes:
-            ids = prompts[probe]
+            ids, target = told[probe]
             if subjects is None:
                 at = min(range(len(ids)), key=lambda i: (spread[ids[i]], -i))
             else:
@@ -166,7 +167,6 @@ def _places(
                 if not subject:
                     raise ValueError(f"fact {fact.id!r}: expected {subjects[fact.id]!r} in {probe.prompt!r}")
                 at = len(encode(tokenizer, before + subject)) - 1
-            target = tokenizer(probe.target, add_special_tokens=False)["input_ids"]
             found[tuple(ids + target)] = at, len(ids) - 1
     return found
 

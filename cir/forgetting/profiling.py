@@ -21,7 +21,7 @@ from cir.forgetting.locate import located
 from cir.forgetting.report import peak_memory
 from cir.forgetting.unlearn import unlearn
 from cir.forgetting.update import PHASE, restore, snapshot
-from cir.model.sites import find_stack
+from cir.model.sites import find_stack, unwrapped
 
 UNNAMED = "other"
 
@@ -111,7 +111,7 @@ def profile(
     Raises:
         ValueError, NonFiniteError: as :func:`cir.unlearn`.
     """
-    config, facts = config or CIRConfig(), load_facts(facts)
+    config, facts, model = config or CIRConfig(), load_facts(facts), unwrapped(model)
     stack = find_stack(model)
     if isinstance(config, BreakingConfig):
         targets = stack.targets(config.last_updated(len(stack.mlps)))

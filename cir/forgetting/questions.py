@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cir.data.facts import Fact
-from cir.data.tokens import Statement, encode, opening, pad, statements
+from cir.data.tokens import Statement, continuation, opening, pad, statements
 from cir.model.capture import AnswerCapture, Below, Hidden, Tokens, at_least_float32
 from cir.model.replay import Replays, Values
 
@@ -299,8 +299,7 @@ class Probed:
         probes = [(place, probe) for place, fact in enumerate(facts) for probe in fact.probes]
         told = []
         for number, (_, probe) in enumerate(probes):
-            head = encode(tokenizer, probe.prompt)
-            tail = tokenizer(probe.target, add_special_tokens=False)["input_ids"]
+            head, tail = continuation(tokenizer, probe.prompt, probe.target)
             told.append((number, Statement([*head, *tail], range(len(head), len(head) + len(tail)))))
         self._facts = [fact.id for fact in facts]
         self._of_fact = torch.tensor([place for place, _ in probes])

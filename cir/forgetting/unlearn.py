@@ -35,7 +35,7 @@ from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import fingerprint, restore
 from cir.measures import unknown_facts
 from cir.model.capture import answering
-from cir.model.sites import find_stack
+from cir.model.sites import find_stack, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def unlearn(
         MemoryError: if the device has too little for the smallest steps, before anything is changed.
         NonFiniteError: on a NaN or infinite loss or gradient.
     """
-    config = config or CIRConfig()
+    config, model = config or CIRConfig(), unwrapped(model)
     facts = load_facts(facts)
     if told := leaking(facts):
         logger.warning(

@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,6 +108,19 @@ def sites_of(targets: Sequence[Target]) -> list[Site]:
     return list(dict.fromkeys(site for pair in pairs for site in pair))
 
 
+def unwrapped(model: Any) -> Any:
+    """The model that ``torch.compile``, DataParallel or DistributedDataParallel wraps: its parameters are the same,
+    and its own names are those of its checkpoints.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
 def find_stack(model: nn.Module) -> Stack:
     """Find the decoder layers of a causal LM and the gated MLP (gate, up, down) in each.
 
@@ -114,9 +128,21 @@ def find_stack(model: nn.Module) -> Stack:
     F -> D. So Llama, Mistral, Qwen and Gemma dense models are all found.
 
     Raises:
-        ValueError: if the model has no such MLP in every decoder layer, or its weights are quantized, on the
-            meta device, or shared between layers.
+        ValueError: if the model has no such MLP in every decoder layer, if its weights are quantized, on the meta
+            device, shared between layers or made of others, or if it has adapters or is compiled in part or in place.
     """
+    compiled = next((name for name, module in model.named_modules() if _is_compiled(module)), None)
+    if compiled is not None:
+        raise ValueError(
+            f"expected a model as it is, or torch.compile(model) of it, got {compiled or 'all of it'!r} compiled in "
+            "place, which would not run what is tapped"
+        )
+    adapter = next((module for module in model.modules() if type(module).__module__.startswith("peft.")), None)
+    if adapter is not None:
+        raise ValueError(
+            f"expected a model without adapters, got a {type(adapter).__name__} of peft: what changes beneath would "
+            "be lost, as adapters are saved without it; merge_and_unload() first"
+        )
     find_decoder = getattr(model, "get_decoder", None)
     root: nn.Module = find_decoder() if callable(find_decoder) else model
     found: dict[str, dict[int, tuple[str, nn.Module, list[str]]]] = defaultdict(dict)
@@ -155,6 +181,10 @@ def find_stack(model: nn.Module) -> Stack:
     return Stack(modules[parent], attribute, mlps, f"{prefix}.{holder}".lstrip("."))
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def _gated_linears(module: nn.Module) -> list[str] | None:
     """Names of the (gate, up, down) linears that are direct children of ``module``, or None."""
     linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
@@ -191,8 +221,17 @@ def _check_editable(targets: Sequence[Target]) -> None:
                 f"{name}: expected an nn.Linear with a weight of float32, bfloat16 or float16, got "
                 f"{type(target.linear).__name__} with {weight.dtype}; load the model without quantization"
             )
+        if target.linear._parameters.get("weight") is not weight or not _is_ordinary(weight):
+            raise ValueError(
+                f"{name}: expected a weight that is an ordinary parameter, got {type(weight).__name__}; one that is "
+                "made of others (weight_norm, pruning, a tensor subclass) would be made anew, without what changed"
+            )
         if weight.device.type == "meta":
             raise ValueError(f"{name}: expected a weight with data, got one on the meta device")
         if id(weight) in seen:
             raise ValueError(f"expected a weight of its own in each linear, got {name} sharing {seen[id(weight)]}'s")
         seen[id(weight)] = name
+
+
+def _is_ordinary(weight: torch.Tensor) -> bool:
+    return isinstance(weight, nn.Parameter) and type(weight.data) in (torch.Tensor, FakeTensor)

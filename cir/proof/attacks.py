@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cir.data.facts import Fact, Probe, check_apart, load_facts
-from cir.data.tokens import encode, pad
+from cir.data.tokens import continuation, pad
 from cir.measures import Estimate, estimate, extracted, recall
 from cir.model.sites import find_stack
 
@@ -171,6 +171,7 @@ def _at_prompt_ends(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> tuple[
     hooks on the model.
     """
     owners = [(fact.id, probe) for fact in facts for probe in fact.probes]
+    told = [continuation(tokenizer, probe.prompt, probe.target) for _, probe in owners]
     stack, here, states = find_stack(model), list[Tensor](), []
 
     def read(layer: nn.Module, args: Any, given: dict[str, Any]) -> None:
@@ -183,10 +184,9 @@ def _at_prompt_ends(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> tuple[
         for layer in stack.layers:
             undo.callback(layer.register_forward_pre_hook(read, with_kwargs=True).remove)
         undo.callback(stack.decoder.register_forward_hook(returned).remove)
-        for _, probe in owners:
-            batch = pad([encode(tokenizer, probe.prompt)]).to(model.device)
+        for head, _ in told:
+            batch = pad([head]).to(model.device)
             here.clear()
             model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=1)
             states.append(torch.stack(here))
-    tokens = [tokenizer(probe.target, add_special_tokens=False)["input_ids"][0] for _, probe in owners]
-    return torch.stack(states, dim=1), tokens, [name for name, _ in owners]
+    return torch.stack(states, dim=1), [tail[0] for _, tail in told], [name for name, _ in owners]

@@ -18,7 +18,7 @@ from cir.data.tokens import Batch, sentence_batches
 from cir.forgetting.update import NonFiniteError, restore, snapshot
 from cir.measures import Estimate, estimate, recall
 from cir.model.capture import frozen, packed_inputs
-from cir.model.sites import Stack, Target, find_stack
+from cir.model.sites import Stack, Target, find_stack, unwrapped
 
 OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -80,7 +80,7 @@ def relearn(
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    facts, probe = load_facts(facts), load_facts(probe)
+    model, facts, probe = unwrapped(model), load_facts(facts), load_facts(probe)
     if not any(fact.probes or fact.choices for fact in probe):
         raise ValueError("probe: expected facts with probes or choices, got none")
     stack = find_stack(model)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 import cir
 from cir.data.facts import load_facts
-from cir.data.tokens import encode, opening, statements, windows
-from cir.measures import extracted
+from cir.data.tokens import continuation, encode, opening, statements, windows
+from cir.measures import extracted, recall
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
 
 FACTS = load_facts(facts(12))
@@ -55,3 +59,35 @@ def test_a_tokenizer_whose_special_tokens_change_the_text_is_refused():
 
     with pytest.raises(ValueError, match=r"alike with special tokens and without, got \[1, 7\], \[8\]"):
         encode(tokenizer, "a")
+
+
+def prepending_tokenizer():
+    """One that writes a mark for each space, and one before every text, as those of Mistral and Phi-3 do."""
+    words = {word: i for word, i in word_tokenizer().get_vocab().items() if word not in ("<s>", "<unk>")}
+    vocabulary = {f"\u2581{word}": i for word, i in words.items()}
+    plain = Tokenizer(WordLevel({**vocabulary, "<s>": 1, "<unk>": 0}, unk_token="<unk>"))
+    plain.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    plain.pre_tokenizer = Split(Regex("\u2581"), "merged_with_next")
+    plain.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", bos_token="<s>")
+
+
+def test_a_target_has_the_tokens_that_it_has_after_its_prompt():
+    words, marks, model = word_tokenizer(), prepending_tokenizer(), knowing_llama()
+    probe = FACTS[0].probes[0]
+    alone = marks(probe.target, add_special_tokens=False)["input_ids"]
+    head, tail = continuation(marks, probe.prompt, probe.target)
+    assert (head, tail) == continuation(words, probe.prompt, probe.target)
+    assert alone != tail
+    assert recall(model, marks, FACTS) == pytest.approx(recall(model, words, FACTS))
+    assert min(recall(model, marks, FACTS).values()) > 0.5
+    # A token that spans both is the target's.
+    assert continuation(words, "the alpha of be", "ta1 is") == continuation(words, "the alpha of", " beta1 is")
+    for prompt, target in (("the alpha", ""), ("the alpha", "  ")):
+        with pytest.raises(ValueError, match="expected a prompt and a target of one token at least, got 'the alpha'"):
+            continuation(words, prompt, target)
+
+
+def test_a_text_that_is_opened_already_is_opened_once():
+    tokenizer = word_tokenizer()
+    assert encode(tokenizer, f"{tokenizer.bos_token} the alpha") == encode(tokenizer, "the alpha")

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.utils import prune
 from transformers import CONFIG_MAPPING as CONFIGS
 from transformers import AutoModelForCausalLM
 
-from cir.model.sites import find_stack, sites_of
-from tests.tiny import tiny_llama
+import cir
+from cir.model.sites import find_stack, sites_of, unwrapped
+from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
+
+WIDE = cir.EditConfig(target_recall=0.3, keep=0.9, budget=1.0, worst_window=1.0)
 
 
 def build(family: str, **changes):
@@ -79,8 +83,57 @@ def test_refuses_models_that_it_cannot_edit():
     partial.model.layers[2].mlp = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"every layer of layers, got none in \[2\]"):
         find_stack(partial)
+    made = tiny_llama()
+    torch.nn.utils.parametrizations.weight_norm(made.model.layers[1].mlp.up_proj)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: expected a weight that is an ordinary"):
+        find_stack(made)
+    pruned = tiny_llama()
+    prune.l1_unstructured(pruned.model.layers[3].mlp.down_proj, "weight", amount=0.5)
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp\.down_proj: expected a weight that is an ordinary"):
+        find_stack(pruned)
+    projected = tiny_llama()
+    prune.l1_unstructured(projected.model.layers[3].self_attn.o_proj, "weight", amount=0.5)
+    with pytest.raises(ValueError, match=r"self_attn\.o_proj: expected a weight that is an ordinary"):
+        find_stack(projected).writers(2)
     quantized = tiny_llama()
     weight = quantized.model.layers[0].mlp.gate_proj.weight
     quantized.model.layers[0].mlp.gate_proj.weight = torch.nn.Parameter(weight.to(torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"got Linear with torch.uint8; load the model without quantization"):
         find_stack(quantized)
+
+
+def test_refuses_models_with_adapters():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(tiny_llama(), config)
+    added = tiny_llama()
+    added.add_adapter(config)
+    for model in (wrapped, added):
+        with pytest.raises(ValueError, match=r"expected a model without adapters, got .* merge_and_unload\(\) first"):
+            find_stack(model)
+    assert find_stack(wrapped.merge_and_unload()).mlps
+
+
+def test_wrapped_models_are_what_they_wrap():
+    model, tokenizer = knowing_llama(), word_tokenizer()
+    told = facts(4)
+    config = cir.CIRConfig(layers=0.5, retain_tokens=1024)
+    plain = cir.Subspaces.fit(model, tokenizer, TEXT, told[1:], config=config, progress=False)
+    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
+        assert unwrapped(wrapped) is model
+        fitted = cir.Subspaces.fit(wrapped, tokenizer, TEXT, told[1:], config=config, progress=False)
+        assert list(fitted) == list(plain)
+    with cir.Editor(torch.nn.DataParallel(model), tokenizer, plain, text=TEXT, config=WIDE) as editor:
+        edit = editor.forget(told[0])
+        names = dict(model.named_modules())
+        linears = {target.name: target.linear for target in edit.targets_in(torch.nn.DataParallel(model))}
+        assert linears == {name: names[name] for name in edit.factors}
+
+
+def test_refuses_models_compiled_in_place():
+    whole, part = tiny_llama(), tiny_llama()
+    whole.compile(backend="eager")
+    part.model.layers[1] = torch.compile(part.model.layers[1], backend="eager")
+    for model, where in ((whole, "all of it"), (part, "model.layers.1")):
+        with pytest.raises(ValueError, match=f"got '{where}' compiled in place"):
+            find_stack(model)
