@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -253,9 +254,38 @@ def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor
     if "flash" in attention:  # drops the padding by itself
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         return inputs, batch.attention_mask.flatten().nonzero().squeeze(1)
-    # Padding would be a third of short sentences; packed, positions that restart keep them apart.
-    input_ids, position_ids, places = batch.packed
-    return {"input_ids": input_ids, "position_ids": position_ids}, places
+    # Padding would be a third of short sentences; packed, positions that restart keep them apart in attention.
+    if keeps_apart(stack.decoder):
+        input_ids, position_ids, places = batch.packed
+        return {"input_ids": input_ids, "position_ids": position_ids}, places
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
+    return inputs, batch.attention_mask.flatten().nonzero().squeeze(1)
+
+
+_APART: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def keeps_apart(decoder: nn.Module) -> bool:
+    """Whether what ``decoder`` says of a sentence is the same to the bit whatever sentence is packed before it: not
+    so where layers are recurrent or convolve, which do not look at positions. Run once, on tokens of no meaning.
+    """
+    known, attention = _APART.setdefault(decoder, {}), str(getattr(decoder.config, "_attn_implementation", ""))
+    if attention not in known:
+        embedding = cast(nn.Embedding, decoder.get_input_embeddings())  # type: ignore[operator]
+        device, count = embedding.weight.device, embedding.num_embeddings
+        second, position_ids = torch.arange(8), torch.cat([torch.arange(16), torch.arange(8)])
+        said = []
+        with ExitStack() as undo:  # no dropout
+            for module in decoder.modules():
+                undo.callback(setattr, module, "training", module.training)
+            decoder.eval()
+            for first in (torch.arange(16), torch.arange(16).flip(0) + 7):
+                inputs = {"input_ids": torch.cat([first, second]) % count, "position_ids": position_ids}
+                inputs = {name: ids[None].to(device) for name, ids in inputs.items()}
+                said.append(decoder(**inputs, use_cache=False)[0][0, 16:])
+        known[attention] = torch.equal(*said)
+    return known[attention]
 
 
 @contextmanager

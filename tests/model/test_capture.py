@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from cir.data.tokens import pad
 from cir.forgetting.objectives import mlp_breaking, original_output
-from cir.model.capture import answering, capture
+from cir.model.capture import answering, capture, keeps_apart, packed_inputs
 from cir.model.sites import find_stack, sites_of
+from cir.proof.relearning import sentence_loss
 from tests.model.test_sites import build
 
 BATCH = pad([[1, 5, 9, 20, 7], [1, 30, 2, 11], [1, 8, 44, 3, 16]])
@@ -55,6 +57,7 @@ def test_activations_and_gradients_are_autograds(model, layers_require_grad, unc
 
 
 def test_nothing_above_the_last_layer_runs(model):
+    assert keeps_apart(model.model)  # once, by whole forwards
     ran = []
     for i, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
@@ -143,6 +146,53 @@ def test_sentences_run_end_to_end_do_not_see_each_other(family, changes):
         hidden = [tape.forward(each, each.counted(0)) for each in (batch, *(pad([row]) for row in rows))]
         together, *alone = (each.real(each.last) for each in hidden)
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MIXED = ["linear_attention", "full_attention", "linear_attention"]
+MAMBA = {"mamba_d_state": 8, "mamba_chunk_size": 16, "mamba_d_head": 8}
+HYBRIDS = {
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_n_groups": 1},
+    "bamba": {**MAMBA, "mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "qwen3_next": {**LINEAR, "layer_types": MIXED, "num_experts": 0, "mlp_only_layers": [0, 1, 2]},
+    "qwen3_5_text": {**LINEAR, "layer_types": MIXED},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_sentences_are_padded_where_layers_would_run_through_them(family, dtype):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"no {family} in this transformers")
+    model = build(family, hidden_size=32, head_dim=8, **HYBRIDS[family]).eval().to(dtype)
+    stack = find_stack(model)
+    assert not keeps_apart(stack.decoder)
+    rows = [1, 5, 9, 20, 7, 8, 9], [1, 30, 2, 11], [1, 8]
+    batch = pad(rows)
+    near = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
+    with capture(model, stack, 1) as tape, torch.no_grad():
+        hidden = [tape.forward(each, each.counted(0)) for each in (batch, *(pad([row]) for row in rows))]
+        together, *alone = (each.real(each.last) for each in hidden)
+    torch.testing.assert_close(together, torch.cat(alone), **near)
+    with torch.no_grad():
+        losses = [float(sentence_loss(model, stack, each)) for each in (batch, *(pad([row]) for row in rows))]
+    counts = [len(row) - 1 for row in rows]
+    mean = sum(loss * n for loss, n in zip(losses[1:], counts, strict=True)) / sum(counts)
+    assert losses[0] == pytest.approx(mean, rel=1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "olmo2"])
+def test_sentences_are_packed_where_all_layers_attend(family, dtype):
+    stack = find_stack(build(family).eval().to(dtype))
+    assert keeps_apart(stack.decoder)
+    assert "position_ids" in packed_inputs(stack, pad([[1, 2], [3]]))[0]
 
 
 @pytest.mark.parametrize("first", [0, 1, 3])
