@@ -128,8 +128,9 @@ def find_stack(model: nn.Module) -> Stack:
     F -> D. So Llama, Mistral, Qwen and Gemma dense models are all found.
 
     Raises:
-        ValueError: if the model has no such MLP in every decoder layer, if its weights are quantized, on the meta
-            device, shared between layers or made of others, or if it has adapters or is compiled in part or in place.
+        ValueError: if the model has no such MLP in every decoder layer, or experts beside it, if its weights are
+            quantized, on the meta device, shared between layers or made of others, or if it has adapters or is
+            compiled in part or in place.
     """
     compiled = next((name for name, module in model.named_modules() if _is_compiled(module)), None)
     if compiled is not None:
@@ -171,6 +172,12 @@ def find_stack(model: nn.Module) -> Stack:
     missing = [i for i in range(len(list(modules[holder].children()))) if i not in found[holder]]
     if missing:
         raise ValueError(f"expected a gated MLP in every layer of {holder}, got none in {missing}")
+    experts = [name for name in modules if "experts" in name.split(".")]
+    if experts:
+        raise ValueError(
+            f"expected a dense model, got experts in {experts[0]}: mixtures of experts are not supported, of which "
+            "one that all tokens share would change alone"
+        )
     prefix = next(name for name, module in model.named_modules() if module is root)
     mlps = tuple(
         _mlp(f"{prefix}.{name}".lstrip("."), module, order)
