@@ -290,10 +290,15 @@ def keeps_apart(decoder: nn.Module) -> bool:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """``model`` in eval mode, no parameter requiring gradient; on exit modes, ``requires_grad`` and ``.grad`` are as
-    they were, whatever was trained meanwhile.
+    """``model`` in eval mode, no parameter requiring gradient, and neither ``no_grad``, ``inference_mode`` nor
+    autocast of the caller in force; on exit modes, ``requires_grad`` and ``.grad`` are as they were, whatever was
+    trained meanwhile.
     """
     with ExitStack() as undo:
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(torch.enable_grad())
+        for device in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
+            undo.enter_context(torch.autocast(device, enabled=False))
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
         model.eval()

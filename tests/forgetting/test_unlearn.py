@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from cir.data.shipped import builtin_contrast
 from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.update import NonFiniteError
 from cir.model.sites import find_stack
+from tests.forgetting.test_breaking import CONFIG as PAPER
 from tests.model.test_sites import build
 from tests.tiny import TEXT, deepened, facts, knowing_llama, tiny_llama
 
@@ -246,3 +248,21 @@ def test_the_layers_are_the_upper_share():
     assert CIRConfig(layers=1.0).first_layer(4) == 0
     assert CIRConfig(layers=0.01).first_layer(4) == 3
     assert len(find_stack(tiny_llama()).writers(3)) == 2
+
+
+@pytest.mark.parametrize(
+    "around",
+    [torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+@pytest.mark.parametrize("config", [cir.CIRConfig(layers=0.5, max_steps=2), PAPER], ids=["default", "paper"])
+def test_what_the_caller_runs_under_changes_nothing(tokenizer, around, config):
+    states = []
+    for context in (contextlib.nullcontext(), around):
+        model = tiny_llama()
+        config = replace(config, budget=10.0, worst_window=10.0, retain_tokens=1024)
+        with context:
+            cir.unlearn(model, tokenizer, facts(), retain=TEXT, config=config, progress=False)
+        states.append(list(model.parameters()))
+    assert all(map(torch.equal, *states))
+    assert not all(map(torch.equal, states[0], tiny_llama().parameters()))

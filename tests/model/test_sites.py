@@ -159,7 +159,5 @@ EXPERTS = {
 def test_refuses_mixtures_of_experts_though_one_expert_is_shared(family):
     if family not in CONFIGS:
         pytest.skip(f"no {family} in this transformers")
-    with pytest.raises(
-        ValueError, match="expected a dense model, got experts in|mixtures of experts are not supported"
-    ):
+    with pytest.raises(ValueError, match="mixtures of experts are not supported"):
         find_stack(build(family, **EXPERTS[family]))
