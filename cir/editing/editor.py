@@ -147,7 +147,7 @@ class Editor:
         Raises:
             ValueError: if the fact has no sentence, is forgotten already, or was never known.
             EditError: if not one step was within the bounds, or recall did not fall.
-            OSError: if the journal cannot be written.
+            NonFiniteError: on a NaN or infinite loss or gradient. OSError: if the journal cannot be written.
             In each case the model is as it was.
         """
         started = time.perf_counter()
@@ -336,7 +336,7 @@ class Editor:
     def _harmed(self, now: State, before: State) -> bool:
         if now.neighbours is None or before.neighbours is None:
             return False
-        return now.neighbours < self.config.keep * before.neighbours
+        return not now.neighbours >= self.config.keep * before.neighbours  # NaN is harm
 
     def _known(self, fact: Fact, looks: Looks) -> State:
         """The model before an edit of ``fact``; raises ValueError where there is nothing to forget."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from cir.editing.edits import State
 from cir.forgetting.memory import tokens_at_once
 from cir.forgetting.questions import Probed
 from cir.forgetting.reread import Reread
+from cir.forgetting.update import NonFiniteError
 from cir.measures import loss_rise, mean_recall
 from cir.model.capture import AnswerCapture
 from cir.model.replay import Replays
@@ -59,10 +61,17 @@ class Looks:
         self._original = self._reread.losses()
 
     def whole(self) -> State:
-        """The same, and how the text has fared since it was first read."""
+        """The same, and how the text has fared since it was first read.
+
+        Raises:
+            NonFiniteError: where that, or the recall, is NaN or infinite, which no bound would notice.
+        """
         if self._reread is None or self._original is None:
             raise RuntimeError("expected the text to have been read before the edit")
         losses = self._reread.losses()
         rise, stderr = loss_rise(losses, self._original, self._text)
         worst = float((losses - self._original).mean(1).max())
-        return replace(self.state(), rise=rise, rise_stderr=stderr, worst=worst)
+        state = replace(self.state(), rise=rise, rise_stderr=stderr, worst=worst)
+        if not isfinite(rise + stderr + worst + state.recall):
+            raise NonFiniteError(f"expected a finite loss and recall after the edit, got {state}; it is taken back")
+        return state

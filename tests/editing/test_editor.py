@@ -13,7 +13,7 @@ from cir.editing.edits import State
 from cir.editing.journal import Journal, JournalError
 from cir.editing.looks import Looks
 from cir.forgetting.forgetter import Forgetter
-from cir.forgetting.update import snapshot
+from cir.forgetting.update import NonFiniteError, snapshot
 from cir.measures import recall, text_loss
 from cir.model.sites import find_stack
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
@@ -128,6 +128,16 @@ def test_an_edit_that_would_bring_a_fact_back_is_refused(make, monkeypatch):
     with pytest.raises(EditError, match=r"fact 'f9': expected recall to fall from 0\.9\d+, got 0\.995"):
         editor.forget(FACTS[9])
     assert same(weights(editor), before)
+
+
+def test_losses_that_are_not_finite_are_refused(make, monkeypatch):
+    editor = make()
+    before = weights(editor)
+    monkeypatch.setattr("cir.editing.looks.loss_rise", lambda *_: (float("nan"), 0.0))
+    with pytest.raises(NonFiniteError, match=r"expected a finite loss and recall .*rise=nan.*; it is taken back"):
+        editor.forget(FACTS[8])
+    assert same(weights(editor), before)
+    assert not editor.edits
 
 
 def test_what_cannot_be_undone_or_redone_is_named(make):
