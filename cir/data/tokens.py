@@ -175,16 +175,18 @@ class Statement:
 def statements(tokenizer: Any, fact: Fact, max_length: int) -> list[Statement]:
     """The sentences of ``fact``, cut after the answer, from which on a text has it anyway.
 
-    A sentence that begins with the answer leads to nothing and is left out; where every one does, all are whole.
+    That is its first mention, or the last where a probe's prompt has it too: the capital of Singapore is Singapore. A
+    sentence that begins with the answer leads to nothing and is left out; where every one does, all are whole.
 
     Raises:
         ValueError: as :func:`sentence_rows`.
     """
     rows = sentence_rows(tokenizer, fact, max_length, 0)
-    answers = [answer_pattern(probe.target.strip()) for probe in fact.probes]
+    answers = [(answer_pattern(probe.target.strip()), probe.prompt) for probe in fact.probes]
     cut = []
     for row, sentence in zip(rows, fact.sentences, strict=True):
-        found = min((match for answer in answers if (match := answer.search(sentence))), key=_start, default=None)
+        mentions = [(list(answer.finditer(sentence)), bool(answer.search(prompt))) for answer, prompt in answers]
+        found = min((every[-1 if last else 0] for every, last in mentions if every), key=_start, default=None)
         if found is None:
             cut.append(Statement(row, range(1, len(row))))
             continue

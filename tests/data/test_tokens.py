@@ -91,3 +91,18 @@ def test_a_target_has_the_tokens_that_it_has_after_its_prompt():
 def test_a_text_that_is_opened_already_is_opened_once():
     tokenizer = word_tokenizer()
     assert encode(tokenizer, f"{tokenizer.bos_token} the alpha") == encode(tokenizer, "the alpha")
+
+
+def test_an_answer_that_its_prompt_has_too_is_the_last_mention():
+    tokenizer = word_tokenizer(["The capital of Singapore is Singapore . Rome Italy"])
+    probes = [{"prompt": "The capital of Singapore is", "target": " Singapore"}]
+    said = {"id": "s", "sentences": ["The capital of Singapore is Singapore ."], "probes": probes}
+    (statement,) = statements(tokenizer, load_facts([said])[0], 64)
+    assert tokenizer.decode(statement.ids) == "<s> The capital of Singapore is Singapore"
+    assert list(statement.told) == [6]
+    # Where it is no part of the question, what follows its first mention is a copy.
+    twice = {"id": "t", "sentences": ["The capital of Italy is Rome . Rome is The capital"]}
+    twice["probes"] = [{"prompt": "The capital of Italy is", "target": " Rome"}]
+    (statement,) = statements(tokenizer, load_facts([twice])[0], 64)
+    assert list(statement.told) == [6]
+    assert len(statement.ids) == 7
