@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cir.cli.inputs import Inputs
+from cir.cli.inputs import Inputs, plain_text
 from cir.cli.parser import parser
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def _silence_transformers() -> None:
 
 
 def _read(path: str | None) -> str | None:
-    return None if path is None else Path(path).read_text(encoding="utf-8")
+    return None if path is None else plain_text(Path(path), "text")
 
 
 def _write_json(path: str, value: object) -> int:

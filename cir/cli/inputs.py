@@ -9,7 +9,7 @@ from typing import Any
 
 from cir.data.datasets import SOURCES as DATA_SETS
 from cir.data.datasets import load_data
-from cir.data.facts import Fact, load_facts
+from cir.data.facts import Fact, is_json, lines_of, load_facts, looks_like_json
 
 SOURCES = ("facts", "data", "data_path", "limit", "neighbours", "same_subject", "related", "retain", "disruption")
 
@@ -63,11 +63,24 @@ def read_text(source: str, part: str) -> str:
     """A text file or, where ``source`` is no file but the name of a data set, its ``retain`` or ``disruption`` part.
 
     Raises:
-        ValueError: if the data set has no such part. OSError: if there is no such file, or copy of the data set.
+        ValueError: if the data set has no such part, or the file holds JSON or is not in UTF-8. OSError: if there is
+            no such file, or copy of the data set.
     """
     if source not in DATA_SETS or Path(source).exists():
-        return Path(source).read_text(encoding="utf-8")
+        return plain_text(Path(source), part)
     text = getattr(load_data(source), part)
     if text is None:
         raise ValueError(f"--{part}: expected a data set with such text, got {source}")
     return text
+
+
+def plain_text(path: Path, option: str) -> str:
+    """All of a file.
+
+    Raises:
+        ValueError: if it holds JSON or is not in UTF-8. OSError: if it cannot be read.
+    """
+    lines = list(lines_of(path))
+    if is_json(path) or any(map(looks_like_json, lines[:1])):
+        raise ValueError(f"--{option}: expected plain text, got JSON in {path}; write out the text of its rows")
+    return "".join(lines)

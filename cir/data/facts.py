@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
@@ -47,10 +48,13 @@ def load_facts(source: str | Path | Iterable[str | Mapping[str, Any] | Fact]) ->
         ``sentences`` may be left out);
       - the WMDP corpus form ``{"question", "choices", "answer", "sentences"}``, ``answer`` an index or a
         letter;
-      - a plain sentence, as a JSON string or, in a file whose name does not end in .jsonl or .json, a bare line.
+      - a plain sentence, as a JSON string or, in a file whose name says nothing of JSON, a bare line.
+
+    Files are UTF-8, of JSON where their names end in .jsonl, .ndjson, .jsonlines or .json, and may be gzipped (.gz).
 
     Raises:
-        ValueError: on an empty source or a malformed fact; the message names the file and line.
+        ValueError: on an empty source, a malformed fact, or a file that is not such text; the message names the file
+            and line.
         FileNotFoundError: if ``source`` names a file that does not exist.
     """
     facts: list[Fact] = []
@@ -75,19 +79,53 @@ def _items(source: str | Path | Iterable[Any]) -> Iterable[tuple[str, Any]]:
         yield from ((f"fact {number}", item) for number, item in enumerate(source, 1))
         return
     path = Path(source)
-    as_json = path.suffix in (".jsonl", ".json")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            if not as_json:
-                yield where, line.strip()
-                continue
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: expected one JSON object a line, got {error}") from None
+    for number, line in enumerate(lines_of(path), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        if is_json(path):
+            yield where, _parsed(where, line)
+        elif looks_like_json(line):
+            raise ValueError(f"{where}: expected a sentence, got JSON; name the file {path.name}.jsonl")
+        else:
+            yield where, line.strip()
+
+
+def is_json(path: Path) -> bool:
+    """Whether the name says that it holds JSON, an object a line."""
+    return path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson", ".jsonlines", ".json"))
+
+
+def looks_like_json(line: str) -> bool:
+    """Whether ``line`` is an object."""
+    try:
+        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def lines_of(path: Path) -> Iterable[str]:
+    """The lines of a text file in UTF-8, without a byte order mark, gzipped where its name ends in .gz.
+
+    Raises:
+        ValueError: on a file that is something else; the message says where. FileNotFoundError: if there is none.
+    """
+    gzipped = path.name.lower().endswith(".gz")
+    read = 0
+    try:
+        with (gzip.open if gzipped else open)(path, "rt", encoding="utf-8-sig") as lines:
+            for line in lines:
+                read += 1
+                yield line
+    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}, after line {read}: expected text in UTF-8, got {error}") from None
+
+
+def _parsed(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: expected one JSON object a line, got {error}") from None
 
 
 def _fact(where: str, item: Any, default_id: str) -> Fact:
@@ -103,9 +141,10 @@ def _fact(where: str, item: Any, default_id: str) -> Fact:
     for sentence in sentences:
         if not isinstance(sentence, str) or not sentence.strip():
             raise ValueError(f"{where}: expected sentences that are not empty, got {sentence!r}")
-    choices = tuple(item.get("choices") or ())
+    choices = _choices(where, item.get("choices"))
+    name = item.get("id")
     return Fact(
-        id=str(item.get("id", default_id)),
+        id=default_id if name is None else str(name),
         sentences=tuple(sentences),
         probes=tuple(_probe(where, probe) for probe in item.get("probes") or ()),
         question=item.get("question"),
@@ -113,6 +152,14 @@ def _fact(where: str, item: Any, default_id: str) -> Fact:
         answer=_answer(where, item.get("answer"), choices),
         paraphrases=tuple(_probe(where, probe) for probe in item.get("paraphrases") or ()),
     )
+
+
+def _choices(where: str, choices: Any) -> tuple[str, ...]:
+    if choices is None:
+        return ()
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"{where}: expected 'choices', a list of strings, got {choices!r}")
+    return tuple(choices)
 
 
 def _probe(where: str, probe: Any) -> Probe:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cir.cli.inputs import Inputs
+from cir.cli.inputs import Inputs, read_text
 from cir.data.datasets import DataSet
 from tests.tiny import facts
 
@@ -40,3 +40,12 @@ def test_facts_come_from_one_place_and_are_facts(given, monkeypatch):
     monkeypatch.setattr("cir.cli.inputs.load_data", lambda name, path, limit: DataSet(name, ()))
     with pytest.raises(ValueError, match="--data: expected a data set of facts, got wikitext, which is text"):
         Inputs.read({"data": "wikitext"})
+
+
+def test_json_is_not_taken_for_text(tmp_path):
+    for name, text in (("a.txt", '{"text": "some"}\n'), ("a.jsonl", "plain\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"--retain: expected plain text, got JSON in .*; write out the text"):
+            read_text(str(tmp_path / name), "retain")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfplain\n")
+    assert read_text(str(tmp_path / "b.txt"), "retain") == "plain\n"

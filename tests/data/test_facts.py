@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -139,3 +140,34 @@ def test_probes_come_from_the_word_or_name_that_most_sentences_end_with():
             made(bad)
     own = load_facts([{"sentences": ["It is Rome."], "probes": [{"prompt": "a", "target": " b"}]}])[0]
     assert probed(own).probes == (Probe("a", " b"),)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.jsonlines", "a.json", "a.jsonl.gz"])
+def test_json_is_known_by_any_of_its_names_and_read_without_a_mark(tmp_path, name):
+    line = b'\xef\xbb\xbf{"id": null, "sentences": ["caf\xc3\xa9 is open"]}\n'
+    (tmp_path / name).write_bytes(gzip.compress(line) if name.endswith(".gz") else line)
+    (fact,) = load_facts(tmp_path / name)
+    assert (fact.id, fact.sentences) == ("fact-1", ("caf\u00e9 is open",))
+
+
+def test_json_is_not_taken_for_sentences_and_other_text_not_for_utf8(tmp_path):
+    path = tmp_path / "facts.txt"
+    path.write_text('a sentence\n{"id": "f", "sentences": ["s"]}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"facts.txt, line 2: expected a sentence, got JSON; name the file"):
+        load_facts(path)
+    path.write_text("{not JSON} is a sentence\n", encoding="utf-8")
+    assert load_facts(path)[0].sentences == ("{not JSON} is a sentence",)
+    path.write_bytes(b"first\ncaf\xe9\n")
+    with pytest.raises(ValueError, match=r"facts.txt, after line \d: expected text in UTF-8, got 'utf-8' codec"):
+        load_facts(path)
+    zipped = tmp_path / "facts.jsonl.gz"
+    zipped.write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=r"facts.jsonl.gz, after line 0: expected text in UTF-8, got Not a gzipped"):
+        load_facts(zipped)
+
+
+@pytest.mark.parametrize("choices", [{"text": ["a", "b"], "label": ["A", "B"]}, "ab", [1, 2]])
+def test_choices_are_a_list_of_strings(choices):
+    item = {"question": "q", "choices": choices, "answer": 0, "sentences": ["s"]}
+    with pytest.raises(ValueError, match="fact 1: expected 'choices', a list of strings, got"):
+        load_facts([item])
