@@ -40,7 +40,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     from cir.proof.certificate import Witness
 
     # Everything that can be wrong is found before the model is loaded.
-    out = check_output(arguments.out, arguments.overwrite)
+    out = check_output(arguments.out, arguments.overwrite, _paths(arguments))
     inputs = Inputs.read(vars(arguments))
     base = CIRConfig.preset(arguments.preset)
     config = replace(base, **_given(arguments, base))
@@ -76,7 +76,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
         if certificate is not None:
             certificate.write(folder)
 
-    write_folder(out, fill)
+    out = write_folder(out, fill, arguments.overwrite)
     before, after = report.before, report.after
     if before.mean_recall is not None and after.mean_recall is not None:
         print(f"recall     {before.mean_recall:.3f} -> {after.mean_recall:.3f}")
@@ -267,7 +267,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     from cir.forgetting.update import fingerprint, fingerprint_of
     from cir.model.checkpoints import check_output, load_model, saved_weights, write_folder
 
-    out = check_output(arguments.out, arguments.overwrite)
+    out = check_output(arguments.out, arguments.overwrite, _paths(arguments))
     edits = [Edit.load(path) for path in arguments.edit]
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     targets = edits[0].targets_in(model)
@@ -287,7 +287,7 @@ def _apply(arguments: argparse.Namespace) -> int:
         if saved != after:
             raise OSError(f"expected the checkpoint to read back as {after[:12]}, got {saved[:12]}; it was not kept")
 
-    write_folder(out, fill)
+    out = write_folder(out, fill, arguments.overwrite)
     print(f"weights    {before[:12]} -> {after[:12]}, read back equal")
     print(f"written    {out}")
     return 0
@@ -303,6 +303,13 @@ def _silence_transformers() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _paths(arguments: argparse.Namespace) -> list[str]:
+    """All that was given but the output, some of which are files and folders."""
+    given = {name: value for name, value in vars(arguments).items() if name != "out"}
+    values = (value if isinstance(value, list) else [value] for value in given.values())
+    return [text for value in values for text in value if isinstance(text, str)]
 
 
 def _read(path: str | None) -> str | None:

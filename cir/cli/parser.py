@@ -153,7 +153,7 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "weights; needs --neighbours and --disruption",
     )
     command.add_argument("--no-relearning", action="store_true", help="certify without attacks by fine-tuning")
-    command.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    command.add_argument("--overwrite", action="store_true", help="replace --out where cir wrote it")
     command.add_argument(
         "--offload",
         choices=("auto", "always", "never"),
@@ -271,7 +271,7 @@ def _add_fit(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--text", help="file of ordinary text (default: the built-in text)")
     command.add_argument("--out", required=True, help="the safetensors file; written whole or not at all")
-    command.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    command.add_argument("--overwrite", action="store_true", help="replace --out where cir wrote it")
 
 
 def _add_apply_and_revert(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -285,7 +285,7 @@ def _add_apply_and_revert(commands: Any, parents: list[argparse.ArgumentParser])
         change.add_argument("--model", required=True, help=MODEL_HELP)
         change.add_argument("--edit", nargs="+", required=True, help="files of Edit.save")
         change.add_argument("--out", required=True, help="folder for the checkpoint; written whole or not at all")
-        change.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+        change.add_argument("--overwrite", action="store_true", help="replace --out where cir wrote it")
         if sign == 1:
             change.add_argument("--force", action="store_true", help="also on a model that they were not made on")
         change.set_defaults(sign=sign)

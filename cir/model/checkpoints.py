@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from cir.model.offload import free_memory, offloaded
 from cir.model.sites import find_stack
 
 HUB_DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MARK = ".cir"
+"""A file in folders that were written here, which are the only ones that are replaced."""
 
 
 class LossLayers(Protocol):
@@ -106,11 +109,13 @@ def demo_model() -> str:
     return str(files[0]) if files else HUB_DEMO_MODEL
 
 
-def check_output(out: str | Path, overwrite: bool) -> Path:
-    """The folder ``out`` to be written, checked before any work is done.
+def check_output(out: str | Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> Path:
+    """The folder ``out`` to be written, checked before any work is done. Only what :func:`write_folder` wrote, or an
+    empty folder, is ever replaced.
 
     Raises:
-        FileExistsError: if it exists and ``overwrite`` is False.
+        FileExistsError: if it exists and ``overwrite`` is False, or it is not such a folder, or has in it where this
+            runs, the home folder or one of the ``inputs``.
         OSError: if nothing can be written beside it.
     """
     out = Path(out).absolute()
@@ -118,34 +123,60 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
         raise FileExistsError(f"expected a new folder, got {out}, which exists; --overwrite replaces it")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"expected a folder, got the file {out}")
+    if out.exists():
+        own = any((out / name).exists() for name in (MARK, "report.json"))
+        if not own and any(out.iterdir()):
+            raise FileExistsError(f"expected a folder written by cir, got {out}, which holds something else")
+        for kept in (Path.cwd(), Path.home(), *map(Path, inputs)):
+            if kept.exists() and kept.resolve().is_relative_to(out.resolve()):
+                raise FileExistsError(f"expected a folder that can be replaced, got {out}, which holds {kept}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent):
         return out
 
 
-def write_folder(out: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(out: Path, fill: Callable[[Path], None], overwrite: bool = False) -> Path:
     """Have ``fill`` write into a new folder beside ``out``, and put that in its place only when it is whole.
 
-    Whatever goes wrong, a full disk for one, an existing ``out`` stays as it was.
+    Whatever goes wrong, a full disk for one, an existing ``out`` stays as it was; without ``overwrite`` one that has
+    appeared meanwhile too, beside which the new one gets a number.
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        OSError: where what was written whole cannot be put in its place; the message says where it is.
     """
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         fill(partial)
+        (partial / MARK).write_text("Written by cir.\n", encoding="utf-8")
         partial.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            out.rename(old / out.name)
-            try:
-                partial.rename(out)
-            except OSError:
-                (old / out.name).rename(out)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(out)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    try:
+        return _put(partial, out, overwrite)
+    except OSError as error:
+        raise OSError(f"{error}; what was written is in {partial}") from error
+
+
+def _put(partial: Path, out: Path, overwrite: bool) -> Path:
+    if out.exists() and not overwrite:
+        names = (out.with_name(f"{out.name}-{number}") for number in count(1))
+        out = next(name for name in names if not name.exists())
+    if not out.exists():
+        return partial.rename(out)
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+    out.rename(old / out.name)
+    try:
+        partial.rename(out)
+    except OSError:
+        (old / out.name).rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+    return out
 
 
 def saved_weights(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import cir
 from cir import Edit, cli
@@ -15,6 +15,7 @@ from cir.config import BreakingConfig
 from cir.editing.edits import State
 from cir.forgetting.update import fingerprint
 from cir.model import checkpoints
+from cir.model.checkpoints import write_folder
 from cir.model.sites import find_stack
 from cir_kernels import ROUNDINGS
 from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
@@ -221,20 +222,66 @@ def test_fit_writes_subspaces_of_that_model(files, tmp_path, capsys):
 
 def test_an_existing_output_is_kept_unless_overwritten(files, tmp_path, capsys):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious.txt").write_text("mine")
+    assert run(files, *UNLEARN, *QUICK, "--out", str(out)) == 0
+    (out / "old.txt").write_text("old")
     assert run(files, *UNLEARN, *QUICK, "--out", str(out)) == 1
     assert "which exists; --overwrite replaces it" in capsys.readouterr().err
-    assert [f.name for f in out.iterdir()] == ["precious.txt"]
+    assert (out / "old.txt").exists()
     assert run(files, *UNLEARN, *QUICK, "--out", str(out), "--overwrite") == 0
-    assert not (out / "precious.txt").exists()
+    assert not (out / "old.txt").exists()
     assert (out / "report.json").is_file()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_only_what_was_written_here_is_replaced(files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    assert run(files, *UNLEARN, *QUICK, "--out", str(out), "--overwrite") == 1
+    assert "expected a folder written by cir, got" in capsys.readouterr().err
+    (out / ".cir").touch()
+    monkeypatch.chdir(out)
+    assert run(files, *UNLEARN, *QUICK, "--out", str(out), "--overwrite") == 1
+    assert f"which holds {out}" in capsys.readouterr().err
+    monkeypatch.undo()
+    (tmp_path / "in" / ".cir").touch()
+    assert run(files, *UNLEARN, *QUICK, "--out", str(tmp_path / "in"), "--overwrite") == 1
+    assert "expected a folder that can be replaced, got" in capsys.readouterr().err
+    assert (out / "precious.txt").read_text() == "mine"
+
+
+def test_an_output_that_appears_meanwhile_is_kept_beside_the_new_one(files, tmp_path, monkeypatch, capsys):
+    out, save = tmp_path / "out", PreTrainedTokenizerBase.save_pretrained
+
+    def late(self, folder, *rest, **options):
+        out.mkdir()
+        (out / "precious.txt").write_text("mine")
+        return save(self, folder, *rest, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", late)
+    assert run(files, *UNLEARN, *QUICK, "--out", str(out)) == 0
+    assert f"written    {out}-1" in capsys.readouterr().out
+    assert (out / "precious.txt").read_text() == "mine"
+    assert (tmp_path / "out-1" / "report.json").is_file()
+
+
+def test_what_was_finished_and_cannot_be_put_in_place_stays(tmp_path, monkeypatch):
+    def fill(folder):
+        (folder / "model").write_text("whole")
+
+    def refused(self, target):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="Invalid cross-device link; what was written is in") as error:
+        write_folder(tmp_path / "out", fill)
+    assert (Path(str(error.value).rpartition(" ")[2]) / "model").read_text() == "whole"
 
 
 def test_a_disk_that_fills_up_leaves_the_old_output_whole(files, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     out.mkdir()
+    (out / ".cir").touch()
     (out / "precious.txt").write_text("mine")
 
     def full(self, *arguments, **options):
@@ -243,7 +290,7 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole(files, tmp_path, monke
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
     assert run(files, *UNLEARN, *QUICK, "--out", str(out), "--overwrite") == 1
     assert "No space left on device" in capsys.readouterr().err
-    assert [f.name for f in out.iterdir()] == ["precious.txt"]
+    assert sorted(f.name for f in out.iterdir()) == [".cir", "precious.txt"]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["in", "out"]
 
 
