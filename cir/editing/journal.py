@@ -34,18 +34,20 @@ class JournalError(ValueError):
 class Journal:
     """The open journal at ``path``, locked against other processes until :meth:`close`.
 
-    A tail that does not check is moved to a file beside it, ``.bad-<offset>``, with a warning; the good records
-    before it stay.
+    A last record that was cut short, as by a crash, is moved to a file beside it, ``.bad-<offset>``, with a warning;
+    the good records before it stay. Anything else that does not check is refused, as facts would be there again.
 
     Args:
         path: created if it does not exist.
         fingerprint: of the model that the journal is about.
+        repair: move all from the first record on that does not check, and lose it.
 
     Raises:
-        JournalError: if another process has it open, or it is no journal or that of another model.
+        JournalError: if another process has it open, it is no journal or that of another model, or a record of it has
+            been altered, moved or left out.
     """
 
-    def __init__(self, path: str | Path, fingerprint: str) -> None:
+    def __init__(self, path: str | Path, fingerprint: str, repair: bool = False) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: what could not be written must not be tried again later, behind the next record.
@@ -67,7 +69,7 @@ class Journal:
                 raise JournalError(
                     f"{self.path}: expected the journal of this model, {fingerprint[:12]}, got that of {found[:12]}"
                 )
-            self._set_bad_tail_aside()
+            self._set_bad_tail_aside(repair)
         except BaseException:
             self._file.close()
             raise
@@ -105,14 +107,41 @@ class Journal:
             self._chain, self._good = digest, file.tell()
             yield Record(head["kind"], head["about"], payload)
 
-    def _set_bad_tail_aside(self) -> None:
+    def _set_bad_tail_aside(self, repair: bool) -> None:
         tail = self.path.read_bytes()[self._good :]
-        if tail:
-            aside = self.path.with_name(f"{self.path.name}.bad-{self._good}")
-            aside.write_bytes(tail)
-            logger.warning("%s: %d bytes at its end do not check; moved to %s", self.path, len(tail), aside)
-            self._file.truncate(self._good)
-            os.fsync(self._file.fileno())
+        if not tail:
+            return
+        if not (repair or _is_cut(tail)):
+            raise JournalError(
+                f"{self.path}: expected records that follow from one another, got one at byte {self._good} that was "
+                "altered, moved or left out; what it and all after it forgot would be there again. Take a copy back, "
+                "or lose them with cir.editing.journal.Journal(path, fingerprint, repair=True)"
+            )
+        names = (f"{self.path.name}.bad-{self._good}{suffix}" for suffix in ("", *(f"-{n}" for n in range(1, 1000))))
+        aside = next(path for path in map(self.path.with_name, names) if not path.exists())
+        aside.write_bytes(tail)
+        logger.warning("%s: %d bytes at its end do not check; moved to %s", self.path, len(tail), aside)
+        self._file.truncate(self._good)
+        os.fsync(self._file.fileno())
+
+
+def _is_cut(tail: bytes) -> bool:
+    """Whether ``tail`` is one record that was being written: less than all of it, and no other after it."""
+    line, ended, rest = tail.partition(b"\n")
+    if not ended:
+        return True
+    length = _head(line).get("length")
+    later = any(_head(line).keys() >= {"sha256", "before"} for line in rest.split(b"\n"))
+    return isinstance(length, int) and len(rest) <= length and not later
+
+
+def _head(line: bytes) -> dict[str, Any]:
+    """What a record begins with, if ``line`` is that."""
+    try:
+        head = json.loads(line)
+    except ValueError:
+        return {}
+    return head if isinstance(head, dict) else {}
 
 
 def _encoded(chain: str, kind: str, about: dict[str, Any], payload: bytes) -> tuple[bytes, str]:

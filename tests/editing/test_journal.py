@@ -69,7 +69,34 @@ def test_finds_what_was_altered(tmp_path, change):
             "gap": first + third,
         }[change]
     )
+    data = path.read_bytes()
+    with pytest.raises(JournalError, match=r"expected records that follow from one another, got one at byte \d+"):
+        read(path)
+    assert path.read_bytes() == data
+    Journal(path, OWN, repair=True).close()
     assert read(path) == ([] if change == "payload" else THREE[:1])
+
+
+def test_no_bit_of_an_earlier_record_loses_later_ones_in_silence(tmp_path):
+    path = tmp_path / "journal"
+    ends = write(path, *THREE)
+    data = path.read_bytes()
+    for place in range(ends[1]):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(JournalError):
+            read(path)
+    assert not list(tmp_path.glob("*.bad-*"))
+
+
+def test_what_was_set_aside_before_is_not_written_over(tmp_path):
+    path = tmp_path / "journal"
+    (end,) = write(path, THREE[0])
+    for more in (b"first", b"second"):
+        with path.open("ab") as file:
+            file.write(more)
+        assert read(path) == THREE[:1]
+    assert (tmp_path / f"journal.bad-{end}").read_bytes() == b"first"
+    assert (tmp_path / f"journal.bad-{end}-1").read_bytes() == b"second"
 
 
 @pytest.mark.parametrize("content", [b"\n", b"something else\n", b'{"kind": "open"}\n', b"[]\n"])
