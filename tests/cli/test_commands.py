@@ -175,6 +175,9 @@ def test_apply_and_revert(files, tmp_path, capsys):
     assert "got seven of another; --force applies them" in capsys.readouterr().err
     assert not (tmp_path / "twice").exists()
     assert run(files, *again, "--force") == 0
+    both = ["apply", "--model", "IN/model", "--edit", edit, edit, "--quiet", "--out", str(tmp_path / "both")]
+    assert run(files, *both) == 1
+    assert f"--edit: expected each edit once, got the same in {edit} and {edit}" in capsys.readouterr().err
 
     assert run(files, "revert", "--model", str(tmp_path / "edited"), *change, str(tmp_path / "reverted")) == 0
     original = AutoModelForCausalLM.from_pretrained(files / "model")
