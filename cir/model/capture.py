@@ -273,18 +273,26 @@ def keeps_apart(decoder: nn.Module) -> bool:
     known, attention = _APART.setdefault(decoder, {}), str(getattr(decoder.config, "_attn_implementation", ""))
     if attention not in known:
         embedding = cast(nn.Embedding, decoder.get_input_embeddings())  # type: ignore[operator]
-        device, count = embedding.weight.device, embedding.num_embeddings
-        second, position_ids = torch.arange(8), torch.cat([torch.arange(16), torch.arange(8)])
-        said = []
-        with ExitStack() as undo:  # no dropout
+        first, second = torch.arange(16), torch.arange(8)
+        position_ids = torch.cat([first, second])[None].to(embedding.weight.device)
+        said: list[list[Tensor]] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            # Of every module, as what little seeps through may be lost to rounding where residuals are added.
+            rows = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(rows, Tensor) and rows.shape[:2] == position_ids.shape:
+                said[-1].append(rows[0, 16:18])
+
+        with ExitStack() as undo:
             for module in decoder.modules():
                 undo.callback(setattr, module, "training", module.training)
-            decoder.eval()
-            for first in (torch.arange(16), torch.arange(16).flip(0) + 7):
-                inputs = {"input_ids": torch.cat([first, second]) % count, "position_ids": position_ids}
-                inputs = {name: ids[None].to(device) for name, ids in inputs.items()}
-                said.append(decoder(**inputs, use_cache=False)[0][0, 16:])
-        known[attention] = torch.equal(*said)
+                undo.callback(module.register_forward_hook(keep).remove)
+            decoder.eval()  # no dropout
+            for before in (first, first.flip(0) + 7):
+                said.append([])
+                ids = (torch.cat([before, second]) % embedding.num_embeddings)[None].to(position_ids.device)
+                said[-1].append(decoder(input_ids=ids, position_ids=position_ids, use_cache=False)[0][0, 16:])
+        known[attention] = all(map(torch.equal, *said))
     return known[attention]
 
 
