@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -270,8 +269,8 @@ def _apply(arguments: argparse.Namespace) -> int:
 
     out = check_output(arguments.out, arguments.overwrite, _paths(arguments))
     edits = [Edit.load(path) for path in arguments.edit]
-    same = Counter(edit.to_bytes() for edit in edits)
-    if again := [path for path, edit in zip(arguments.edit, edits, strict=True) if same[edit.to_bytes()] > 1]:
+    contents = [edit.to_bytes() for edit in edits]
+    if again := [path for path, own in zip(arguments.edit, contents, strict=True) if contents.count(own) > 1]:
         raise ValueError(f"--edit: expected each edit once, got the same in {' and '.join(again)}")
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     targets = edits[0].targets_in(model)

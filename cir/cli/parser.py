@@ -271,7 +271,7 @@ def _add_fit(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--text", help="file of ordinary text (default: the built-in text)")
     command.add_argument("--out", required=True, help="the safetensors file; written whole or not at all")
-    command.add_argument("--overwrite", action="store_true", help="replace --out where cir wrote it")
+    command.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
 
 
 def _add_apply_and_revert(commands: Any, parents: list[argparse.ArgumentParser]) -> None:

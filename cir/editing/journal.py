@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -117,7 +118,7 @@ class Journal:
                 "altered, moved or left out; what it and all after it forgot would be there again. Take a copy back, "
                 "or lose them with cir.editing.journal.Journal(path, fingerprint, repair=True)"
             )
-        names = (f"{self.path.name}.bad-{self._good}{suffix}" for suffix in ("", *(f"-{n}" for n in range(1, 1000))))
+        names = (f"{self.path.name}.bad-{self._good}" + f"-{number}" * (number > 0) for number in count())
         aside = next(path for path in map(self.path.with_name, names) if not path.exists())
         aside.write_bytes(tail)
         logger.warning("%s: %d bytes at its end do not check; moved to %s", self.path, len(tail), aside)

@@ -26,8 +26,8 @@ LEAST_FALL = 2.0
 """Nats by which an answer has to fall that was not likely to begin with."""
 LEAST_DOSE = 0.5
 """Nats of a dose where less than that is left to go: the first order is not all, and gone is below the floor."""
-AT_ONCE = 2**24
-"""Entries of rows that inner products are formed of, in float64."""
+GRAM_ENTRIES = 2**24
+"""Of rows that inner products are formed of at once, in float64."""
 PARTS = 4
 """Of the facts of a step: half of them are relearned, and the others are asked whether they come back."""
 RELEARNING_RATE = 1.5e-3
@@ -261,7 +261,7 @@ def _grams(names: Collection[str], left: Tokens, right: Tokens) -> Tokens:
         alike.setdefault((left[name].shape[1], left[name].device), []).append(name)
     found: Tokens = {}
     for same in alike.values():
-        few = max(1, AT_ONCE // max(left[same[0]].numel(), 1))
+        few = max(1, GRAM_ENTRIES // max(left[same[0]].numel(), 1))
         for names in (same[i : i + few] for i in range(0, len(same), few)):
             stacks = [torch.stack([rows[name] for name in names]).double() for rows in (left, right)]
             found |= dict(zip(names, stacks[0] @ stacks[1].mT, strict=True))
