@@ -1,20 +1,28 @@
 from __future__ import annotations
 
+import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fastapi.exception_handlers import request_validation_exception_handler
+from fastapi.exceptions import RequestValidationError
 from fastapi.testclient import TestClient
 
 import cir
+from cir.editing.journal import JournalError
+from cir.forgetting.update import NonFiniteError
 from examples import service
 from tests.examples.common import FIRST, SECOND, TOKEN, UNKNOWN, arguments
+from tests.faults.requests import Stub, create, sweep
 
 
 @pytest.fixture
 def client(editor):
-    with TestClient(service.create_app(editor, token="secret", queue_size=2)) as client:
+    app = service.create_app(editor, token="secret", queue_size=2)
+    with TestClient(app, headers=TOKEN, raise_server_exceptions=False) as client:
         yield client
 
 
@@ -23,20 +31,24 @@ def metric(client, name: str) -> float:
     return float(lines.get(name, 0))
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer Secret"}, {"Authorization": "Basic secret"}])
-def test_a_change_needs_the_token_and_reading_does_not(client, editor, headers):
-    for path in ("/forget", "/edits/1/undo", "/edits/1/redo"):
-        answer = client.post(path, json=FIRST, headers=headers)
+@pytest.mark.parametrize("given", ["", "Bearer Secret", "Basic secret", "secret"])
+def test_all_but_health_needs_the_token(client, editor, given):
+    posts = [("POST", path) for path in ("/forget", "/edits/1/undo", "/edits/1/redo", "/health", "/nowhere")]
+    gets = [("GET", path) for path in ("/edits", "/metrics", "/docs", "/redoc", "/openapi.json", "/nowhere")]
+    for method, path in posts + gets:
+        answer = client.request(method, path, json=FIRST, headers={"Authorization": given})
         assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert answer.json() == {"detail": "expected a valid bearer token"}
     assert not editor.edits
-    assert [client.get(path).status_code for path in ("/health", "/edits", "/metrics")] == [200, 200, 200]
-    assert metric(client, 'cir_refusals_total{reason="unauthorised"}') == 3
+    assert client.get("/health", headers={"Authorization": given}).status_code == 200
+    assert {client.get(path).status_code for _, path in gets[:-1]} == {200}
+    assert metric(client, 'cir_refusals_total{reason="unauthorised"}') == len(posts + gets)
 
 
 def test_forget_undo_and_redo_change_the_model_the_list_and_the_metrics(client, editor):
     weight = editor._model.model.layers[3].mlp.down_proj.weight
     original = weight.detach().clone()
-    made = client.post("/forget", json=FIRST, headers=TOKEN)
+    made = client.post("/forget", json=FIRST)
     assert made.status_code == 201
     (edit,) = editor.edits
     listed = client.get("/edits").json()
@@ -60,11 +72,11 @@ def test_forget_undo_and_redo_change_the_model_the_list_and_the_metrics(client, 
     assert not torch.equal(edited, original)
     assert client.get("/health").json() == {"ok": True, "fingerprint": editor.fingerprint, "active_edits": 1}
 
-    assert client.post("/edits/1/undo", headers=TOKEN).json()["status"] == "undone"
+    assert client.post("/edits/1/undo").json()["status"] == "undone"
     assert torch.equal(weight, original)
     assert client.get("/edits").json()[0]["status"] == "undone"
     assert metric(client, "cir_active_edits") == 0
-    assert client.post("/edits/1/redo", headers=TOKEN).json() == made.json()
+    assert client.post("/edits/1/redo").json() == made.json()
     assert torch.equal(weight, edited)
     names = ("cir_edits_total", "cir_undos_total", "cir_redos_total", "cir_edit_seconds_count", "cir_active_edits")
     assert [metric(client, name) for name in names] == [1] * 5
@@ -72,25 +84,25 @@ def test_forget_undo_and_redo_change_the_model_the_list_and_the_metrics(client, 
 
 
 def test_what_cannot_be_done_is_refused_with_the_reason(client, editor, monkeypatch):
-    client.post("/forget", json=FIRST, headers=TOKEN)
-    again = client.post("/forget", json=FIRST, headers=TOKEN)
-    assert (again.status_code, again.json()["detail"]) == (422, "fact 'f0': already forgotten by edit 1")
-    unknown = client.post("/forget", json=UNKNOWN, headers=TOKEN)
+    client.post("/forget", json=FIRST)
+    again = client.post("/forget", json=FIRST)
+    assert (again.status_code, again.json()["detail"]) == (409, "fact 'f0': already forgotten by edit 1")
+    unknown = client.post("/forget", json=UNKNOWN)
     assert unknown.status_code == 422
     assert "never known" in unknown.json()["detail"]
-    assert client.post("/edits/2/undo", headers=TOKEN).status_code == 404
-    assert client.post("/edits/1/redo", headers=TOKEN).status_code == 409
-    assert client.post("/edits/1/undo", headers=TOKEN).status_code == 200
-    assert client.post("/edits/1/undo", headers=TOKEN).status_code == 409
+    assert client.post("/edits/2/undo").status_code == 404
+    assert client.post("/edits/1/redo").status_code == 409
+    assert client.post("/edits/1/undo").status_code == 200
+    assert client.post("/edits/1/undo").status_code == 409
 
     def refuse(fact):
         raise cir.EditError("neighbours suffer")
 
     monkeypatch.setattr(editor, "forget", refuse)
-    bounds = client.post("/forget", json=SECOND, headers=TOKEN)
+    bounds = client.post("/forget", json=SECOND)
     assert (bounds.status_code, bounds.json()["detail"]) == (409, "neighbours suffer")
     counted = {name: metric(client, f'cir_refusals_total{{reason="{name}"}}') for name in service_reasons(client)}
-    assert counted == {"invalid": 2, "unknown": 1, "conflict": 2, "out_of_bounds": 1}
+    assert counted == {"invalid": 1, "unknown": 1, "conflict": 3, "out_of_bounds": 1}
 
 
 def service_reasons(client) -> list[str]:
@@ -107,12 +119,107 @@ def service_reasons(client) -> list[str]:
         {"probes": [{"prompt": "a"}]},
         {"probes": FIRST["probes"] * 33},
         {"id": ""},
+        {"id": "a" * 201},
+        {"id": "a\0"},
+        {"id": float("nan")},
+        {"id": "\ud800"},
         {"question": "who?"},
+        {"\ud800" * 1000: "who?"},
     ],
 )
 def test_a_malformed_fact_does_not_reach_the_editor(client, editor, monkeypatch, wrong):
     monkeypatch.setattr(editor, "forget", lambda fact: pytest.fail("reached the editor"))
-    assert client.post("/forget", json={**FIRST, **wrong}, headers=TOKEN).status_code == 422
+    body = json.dumps({**FIRST, **wrong})
+    answer = client.post("/forget", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert len(answer.content) < 300
+
+
+@pytest.mark.parametrize(
+    "sentence", ["word", "the gamma of beta0 <s> \ufffd \U0001f600", "\0 \0", "a " * 900, "\u3000"]
+)
+@pytest.mark.parametrize("target", [" delta0", " <s>", "\0", "\u200b", "."])
+def test_odd_words_are_no_failure_of_the_service(client, sentence, target):
+    fact = {
+        "id": "odd \u202e",
+        "sentences": [sentence],
+        "probes": [{"prompt": "the gamma of beta0", "target": target}],
+    }
+    assert client.post("/forget", json=fact).status_code in (201, 409, 422)
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "reason"),
+    [
+        (OSError(28, "No space left on device", "/srv/edits.cir"), 503, "journal"),
+        (JournalError("/srv/edits.cir: expected the journal that was opened, got none"), 503, "journal"),
+        (NonFiniteError("expected finite gradients, got NaN in /srv"), 500, "failed"),
+        (MemoryError("/srv"), 500, "failed"),
+    ],
+)
+def test_a_failure_is_counted_and_tells_nothing_and_the_service_goes_on(
+    client, editor, monkeypatch, failure, status, reason
+):
+    def fail(fact):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(editor, "forget", fail)
+        answer = client.post("/forget", json=FIRST)
+    assert (answer.status_code, list(answer.json())) == (status, ["detail"])
+    assert "/srv" not in answer.text
+    assert metric(client, f'cir_refusals_total{{reason="{reason}"}}') == 1
+    assert metric(client, "cir_queue_length") == 0
+    assert client.post("/forget", json=FIRST).status_code == 201
+
+
+def test_requests_of_every_kind_are_answered_as_documented():
+    assert sweep(120, seed=1) == []
+
+
+def _without_the_gate(editor):
+    app = create(editor)
+    app.user_middleware.clear()
+    return app
+
+
+def _with_what_was_sent(editor):
+    app = create(editor)
+    app.exception_handlers[RequestValidationError] = request_validation_exception_handler
+    return app
+
+
+def _undocumented(editor):
+    app = create(editor)
+    for operations in app.openapi()["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("409", None)
+    return app
+
+
+class Failing(Stub):
+    def forget(self, given):
+        return super().forget(given) and {}["a place that is not there"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [
+        ({"create": _without_the_gate}, [r"\[401\], got 200", r"\[408\], got no answer", "262144 bytes to be read"]),
+        ({"create": _with_what_was_sent}, [r"\[422\], got 500", "at most 4096 bytes", "expected a detail in words"]),
+        ({"create": _undocumented}, [r"expected a status that is documented, .* got 409"]),
+        ({"editor": Failing()}, [r"expected \[201\], got 500"]),
+    ],
+)
+def test_a_service_that_is_broken_is_noticed(broken, found):
+    faults = "\n".join(sweep(288, **broken))
+    assert [pattern for pattern in found if not re.search(pattern, faults)] == []
+
+
+def test_the_table_of_statuses_is_that_of_the_documentation(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    documented = {code for path in paths.values() for operation in path.values() for code in operation["responses"]}
+    assert set(re.findall(r"^    (\d{3})  ", service.__doc__, re.MULTILINE)) | {"200", "201"} == documented
 
 
 def test_health_answers_during_an_edit_and_a_full_queue_refuses(client, editor, monkeypatch):
@@ -129,7 +236,7 @@ def test_health_answers_during_an_edit_and_a_full_queue_refuses(client, editor, 
     with ThreadPoolExecutor(4) as threads:
 
         def post(fact):
-            return threads.submit(client.post, "/forget", json=fact, headers=TOKEN)
+            return threads.submit(client.post, "/forget", json=fact)
 
         try:
             running = post(FIRST)
@@ -146,7 +253,7 @@ def test_health_answers_during_an_edit_and_a_full_queue_refuses(client, editor, 
         assert [future.result(20).status_code for future in (running, waiting)] == [201, 201]
     assert order == ["f0", "f1"]
     assert metric(client, "cir_queue_length") == 0
-    assert client.post("/forget", json=FIRST, headers=TOKEN).status_code == 422  # there is room again
+    assert client.post("/forget", json=FIRST).status_code == 409  # there is room again
 
 
 def until(holds, seconds: float = 10.0) -> None:
@@ -167,10 +274,11 @@ def test_the_service_starts_from_the_shell_replays_its_journal_and_releases_it(f
     monkeypatch.setenv("CIR_TOKEN", "secret")
     seen = []
 
-    def run(app, host, port):
-        with TestClient(app) as client:
+    def run(app, host, port, **server):
+        assert server == service.SERVER
+        with TestClient(app, headers=TOKEN) as client:
             seen.append(client.get("/edits").json())
-            client.post("/forget", json=FIRST, headers=TOKEN)
+            client.post("/forget", json=FIRST)
 
     monkeypatch.setattr(service.uvicorn, "run", run)
     for _ in range(2):  # the second could not open a journal that the first had left open
@@ -178,7 +286,7 @@ def test_the_service_starts_from_the_shell_replays_its_journal_and_releases_it(f
     assert [[edit["id"] for edit in edits] for edits in seen] == [[], ["f0"]]
 
 
-@pytest.mark.parametrize("wrong", [{"token": ""}, {"token": "a", "queue_size": 0}])
-def test_a_service_without_a_token_or_a_queue_is_not_made(editor, wrong):
+@pytest.mark.parametrize("wrong", [{"token": ""}, {"queue_size": 0}, {"body_seconds": 0}])
+def test_a_service_without_a_token_a_queue_or_time_is_not_made(editor, wrong):
     with pytest.raises(ValueError, match="expected"):
-        service.create_app(editor, **wrong)
+        service.create_app(editor, **{"token": "a", **wrong})
