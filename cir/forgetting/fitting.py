@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from cir.config import CIRConfig, rank_at
 from cir.data.facts import Fact, load_facts
 from cir.data.tokens import Batch, windows
+from cir.data.writing import write_file
 from cir.forgetting.batches import chosen
 from cir.forgetting.locate import located
 from cir.forgetting.memory import TOKENS_AT_ONCE, tokens_at_once
@@ -97,14 +98,8 @@ class Subspaces(SiteSubspaces):
             for part, tensor in vars(subspace).items()
             if tensor is not None
         }
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            metadata = {"format": FORMAT, "mode": self.mode, "fitted_on": json.dumps(self.fitted_on)}
-            save_file(tensors, partial, metadata=metadata)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        metadata = {"format": FORMAT, "mode": self.mode, "fitted_on": json.dumps(self.fitted_on)}
+        write_file(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Subspaces:

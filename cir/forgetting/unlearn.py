@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from cir.config import BreakingConfig, CIRConfig
 from cir.data.facts import Fact, check_contrast, leaking, load_facts
 from cir.data.shipped import builtin_contrast
+from cir.data.signals import stop_on_signals
 from cir.forgetting.batches import chosen, split_text
 from cir.forgetting.budget import Best, Meter, reached
 from cir.forgetting.fitting import Subspaces, check_fitted_on, fitted
@@ -30,7 +31,6 @@ from cir.forgetting.plan import Epoch, Plan, Recalls, Run
 from cir.forgetting.questions import LIKE, Probed, likeness, questions
 from cir.forgetting.report import Clock, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.forgetting.reread import Reread
-from cir.forgetting.signals import stop_on_signals
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import fingerprint, restore
 from cir.measures import unknown_facts

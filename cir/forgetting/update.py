@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cir.measures import NonFiniteError
 from cir.model.capture import at_least_float32
 from cir.model.offload import free_memory
 from cir.model.sites import Target
@@ -23,10 +24,6 @@ PHASE = "cir::"
 def phase(name: str) -> Any:
     """A context that a profiler shows by this name."""
     return torch.profiler.record_function(PHASE + name)
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient was NaN or infinite; no weight was changed by the step that met it."""
 
 
 def selective_step(

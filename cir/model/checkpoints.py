@@ -1,24 +1,21 @@
-"""Loading a model from a hub id, a folder or a GGUF file, and writing one whole or not at all."""
+"""Loading a model from a hub id, a folder or a GGUF file, and reading a checkpoint back."""
 
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from cir.model.offload import free_memory, offloaded
 from cir.model.sites import find_stack
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-MARK = ".cir"
-"""A file in folders that were written here, which are the only ones that are replaced."""
 
 
 class LossLayers(Protocol):
@@ -34,33 +31,27 @@ def load_model(
     dtype: str = "auto",
     offload_for: LossLayers | None = None,
 ) -> tuple[Any, Any]:
-    """A causal LM in eval mode, and its tokenizer.
+    """A causal LM in eval mode, and its tokenizer. Code that comes with a checkpoint is never run.
 
     Args:
         source: a hub id, a local folder, or a GGUF file (dequantized to float32; needs the ``demo`` extra).
         device: ``cpu``, ``cuda``, ...; by default a GPU where there is one.
-        dtype: ``float32``, ``bfloat16``, ...; ``auto`` keeps the checkpoint's, and is float32 for GGUF.
+        dtype: one of :data:`DTYPES`; ``auto`` keeps the checkpoint's, and is float32 for GGUF.
         offload_for: where the weights are larger than the free memory of ``device``, have those wait on the host that
             no forget step of this :class:`cir.CIRConfig` reads, see :func:`cir.model.offload.offloaded`.
 
     Raises:
         FileNotFoundError: if ``source`` looks like a file that is not there.
         OSError: if transformers finds no such model.
+        ValueError: on a device or dtype that is not there; a checkpoint that is no causal LM of transformers, an
+            adapter, damaged, or lacks weights, which would be random; a tokenizer that is missing or not the model's.
         MemoryError: if its weights are larger than the free memory, of the host where they may wait there and of
             ``device`` else; nothing is read then.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(source)
-    gguf = path.suffix == ".gguf"
-    if gguf and not path.is_file():
-        raise FileNotFoundError(f"expected a GGUF file, got {path}, which does not exist")
-    where = {"gguf_file": path.name} if gguf else {}
-    name = str(path.parent if gguf else source)
-    if gguf and dtype == "auto":
-        dtype = "float32"
-    where_to = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    need, precision = _weights_of(AutoConfig.from_pretrained(name, **where), dtype)
+    where_to = _device(device)
+    need, precision = weights_of(source, dtype)
     have = free_memory(where_to)
     if have is None or need <= have:
         offload_for = None
@@ -72,9 +63,30 @@ def load_model(
             f"expected {need / 2**30:.2f} GiB of free memory on {place} for the weights in {precision}, "
             f"got {have / 2**30:.2f} GiB"
         )
-    tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
-    if gguf:
+    name, where = _place(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{source}: expected a tokenizer beside the model, got {_first_line(error)}") from error
+    model: Any
+    about: Any
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=precision, output_loading_info=True, **where)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{source}: expected whole weights, got {_first_line(error)}") from error
+    model, about = loaded
+    if missing := sorted(about["missing_keys"]):
+        raise ValueError(
+            f"{source}: expected all weights, got none for {', '.join(missing[:3])} ({len(missing)} in all), which "
+            "would be random"
+        )
+    rows, highest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        raise ValueError(
+            f"{source}: expected a tokenizer with ids below {rows}, the rows of the model's embedding, got {highest}"
+            "; take the model's own, or resize its embedding"
+        )
+    if "gguf_file" in where:
         _forget_quantizer(model)
     if offload_for is not None:
         stack = find_stack(model)
@@ -84,13 +96,64 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _weights_of(config: Any, dtype: str) -> tuple[int, torch.dtype]:
-    """Bytes and type of a model's weights, of which none are made."""
-    from transformers import AutoModelForCausalLM
+def weights_of(source: str | Path, dtype: str = "auto") -> tuple[int, torch.dtype]:
+    """Bytes and type of a model's weights, of which none are read.
 
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+    Raises:
+        OSError, ValueError: as :func:`load_model`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise ValueError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
+    name, where = _place(source)
+    if "gguf_file" in where and dtype == "auto":
+        dtype = "float32"
+    try:
+        config: Any = AutoConfig.from_pretrained(name, **where)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False
+            )
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{source}: expected a causal language model that transformers has the code of, got {_first_line(error)}"
+        ) from error
     return sum(p.numel() * p.element_size() for p in model.parameters()), model.dtype
+
+
+def _place(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """What transformers is to be given: a name, and what else."""
+    path = Path(source)
+    where: dict[str, Any] = {"trust_remote_code": False}
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"expected a GGUF file, got {path}, which does not exist")
+        return str(path.parent), {"gguf_file": path.name, **where}
+    if path.is_file():
+        raise ValueError(f"expected a hub id, a folder or a GGUF file, got the file {path}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{path}: expected a model, got an adapter; load it with peft, and save and name what "
+                "merge_and_unload() gives"
+            )
+        raise ValueError(f"{path}: expected a folder with config.json, got none")
+    return str(source), where
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"expected a device that is there, got {name!r}: {_first_line(error)}") from error
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what is said: messages of transformers have many."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _forget_quantizer(model: Any) -> None:
@@ -109,78 +172,11 @@ def demo_model() -> str:
     return str(files[0]) if files else HUB_DEMO_MODEL
 
 
-def check_output(out: str | Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> Path:
-    """The folder ``out`` to be written, checked before any work is done. Only what :func:`write_folder` wrote, or an
-    empty folder, is ever replaced.
+def saved_weights(folder: Path, names: Sequence[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of the linears ``names`` in a checkpoint's safetensors files, read one at a time.
 
-    Raises:
-        FileExistsError: if it exists and ``overwrite`` is False, or it is not such a folder, or has in it where this
-            runs, the home folder or one of the ``inputs``.
-        OSError: if nothing can be written beside it.
+    Where transformers saves them under other names, as of models of several kinds of input, all are loaded again.
     """
-    out = Path(out).absolute()
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"expected a new folder, got {out}, which exists; --overwrite replaces it")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"expected a folder, got the file {out}")
-    if out.exists():
-        own = any((out / name).exists() for name in (MARK, "report.json"))
-        if not own and any(out.iterdir()):
-            raise FileExistsError(f"expected a folder written by cir, got {out}, which holds something else")
-        for kept in (Path.cwd(), Path.home(), *map(Path, inputs)):
-            if kept.exists() and kept.resolve().is_relative_to(out.resolve()):
-                raise FileExistsError(f"expected a folder that can be replaced, got {out}, which holds {kept}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out.parent):
-        return out
-
-
-def write_folder(out: Path, fill: Callable[[Path], None], overwrite: bool = False) -> Path:
-    """Have ``fill`` write into a new folder beside ``out``, and put that in its place only when it is whole.
-
-    Whatever goes wrong, a full disk for one, an existing ``out`` stays as it was; without ``overwrite`` one that has
-    appeared meanwhile too, beside which the new one gets a number.
-
-    Returns:
-        The folder's path.
-
-    Raises:
-        OSError: where what was written whole cannot be put in its place; the message says where it is.
-    """
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        fill(partial)
-        (partial / MARK).write_text("Written by cir.\n", encoding="utf-8")
-        partial.chmod(0o755)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    try:
-        return _put(partial, out, overwrite)
-    except OSError as error:
-        raise OSError(f"{error}; what was written is in {partial}") from error
-
-
-def _put(partial: Path, out: Path, overwrite: bool) -> Path:
-    if out.exists() and not overwrite:
-        names = (out.with_name(f"{out.name}-{number}") for number in count(1))
-        out = next(name for name in names if not name.exists())
-    if not out.exists():
-        return partial.rename(out)
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    out.rename(old / out.name)
-    try:
-        partial.rename(out)
-    except OSError:
-        (old / out.name).rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-    return out
-
-
-def saved_weights(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of the linears ``names`` in a checkpoint's safetensors files, read one at a time."""
     from safetensors import safe_open
 
     with ExitStack() as stack:
@@ -188,5 +184,16 @@ def saved_weights(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, tor
         for path in sorted(folder.glob("*.safetensors")):
             file = stack.enter_context(safe_open(path, "pt"))
             where.update(dict.fromkeys(file.keys(), file))
+        if any(f"{name}.weight" not in where for name in names):
+            yield from _loaded_weights(folder, names, dtype)
+            return
         for name in names:
             yield name, where[f"{name}.weight"].get_tensor(f"{name}.weight")
+
+
+def _loaded_weights(folder: Path, names: Sequence[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    for name in names:
+        yield name, model.get_submodule(name).weight.detach()
