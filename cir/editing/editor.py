@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from cir.config import CIRConfig, EditConfig
 from cir.data.facts import Fact, load_facts, probed
 from cir.data.sampling import index, sample
 from cir.data.shipped import builtin_text
+from cir.data.signals import Held
 from cir.data.tokens import statements, windows
 from cir.editing.edits import Edit, State, add_factors, factorise
-from cir.editing.journal import Journal
+from cir.editing.history import History
+from cir.editing.journal import Journal, JournalError, Record
 from cir.editing.looks import Looks
 from cir.editing.turns import Turns
 from cir.forgetting.budget import RETREATS
@@ -47,13 +50,6 @@ class EditError(RuntimeError):
     """The fact could not be forgotten, not even partly, within the bounds; no weight was changed."""
 
 
-@dataclass
-class _Entry:
-    edit: Edit
-    status: str
-    """``active``, ``undone`` or ``committed``."""
-
-
 class Editor:
     """Edits of one model, in place, each to be undone, redone, kept in a journal and shipped.
 
@@ -67,7 +63,8 @@ class Editor:
         subspaces: of :meth:`Subspaces.fit`, with contrast facts.
         neighbours: facts that must stay, watched during each edit; by default the contrast facts.
         text: on which the loss is measured, half of it where it is nearest the fact; the built-in text if None.
-        journal: a file to keep the edits in. One that exists is done again first.
+        journal: a file to keep the edits in. One that exists is done again first. key: a secret that its records are
+            signed with, see :class:`cir.editing.journal.Journal`.
         config: see :class:`EditConfig`.
 
     Raises:
@@ -84,6 +81,7 @@ class Editor:
         neighbours: Any = None,
         text: str | None = None,
         journal: str | Path | None = None,
+        key: bytes | None = None,
         config: EditConfig | None = None,
     ) -> None:
         self._model = model = unwrapped(model)
@@ -103,15 +101,17 @@ class Editor:
         self._neighbours = [replace(fact, probes=fact.probes[:1]) for fact in facts[::every]]
         self._rows = windows(tokenizer, builtin_text() if text is None else text, WINDOW)
         self._index = index(self._rows)
-        self._base = snapshot(self._targets)
-        self._entries: list[_Entry] = []
-        self._turns = Turns()
-        self._journal = None if journal is None else Journal(journal, self.fingerprint)
+        self._base = base = snapshot(self._targets)
+        self._history = History(self.fingerprint)
+        self._turns, self._broken = Turns(), ""
+        self._journal = None if journal is None else Journal(journal, self.fingerprint, self.config.rounding, key)
         try:
-            if self._journal is not None and self._journal.records:
+            if self._journal is not None:
                 self._replay(self._journal)
         except BaseException:
-            self.close()
+            with Held():
+                restore(self._targets, base)
+                self.close()
             raise
 
     def __enter__(self) -> Editor:
@@ -129,12 +129,12 @@ class Editor:
     @property
     def edits(self) -> tuple[Edit, ...]:
         """Those in effect, committed ones included, in the order they were made."""
-        return tuple(entry.edit for entry in self._entries if entry.status != "undone")
+        return tuple(entry.edit for entry in self._history.entries if entry.status != "undone")
 
     @property
     def history(self) -> tuple[tuple[Edit, str], ...]:
         """All edits made, each with its status: ``active``, ``undone`` or ``committed``."""
-        return tuple((entry.edit, entry.status) for entry in self._entries)
+        return tuple((entry.edit, entry.status) for entry in self._history.entries)
 
     def forget(self, fact: Any) -> Edit:
         """Make the model forget one fact: a :class:`Fact`, an object :func:`load_facts` reads, or a sentence.
@@ -155,17 +155,13 @@ class Editor:
             fact = {"id": fact, "sentences": [fact]}
         fact = probed(load_facts([fact])[0])
         statements(self._tokenizer, fact, self.config.max_length)  # refuses what cannot be read
-        with self._turns, answering(self._model, self._stack, self._first) as tape:
+        with self._turn() as held, answering(self._model, self._stack, self._first) as tape:
             looks = self._looks(tape, fact)
             before = self._known(fact, looks)
-            try:
-                edit = self._forget(tape, fact, looks, before)
+            with self._whole():
+                edit = self._forget(tape, fact, looks, before, held)
                 edit = replace(edit, seconds=time.perf_counter() - started)
-                self._record("edit", {"id": edit.id}, edit.to_bytes())
-            except BaseException:
-                self._write(self._active())
-                raise
-            self._entries.append(_Entry(edit, "active"))
+                self._record("edit", {"id": edit.id}, edit)
             return edit
 
     def undo(self, edit: Edit | None = None) -> Edit:
@@ -176,26 +172,21 @@ class Editor:
         Raises:
             ValueError: if there is no such active edit, or a fact that a later one forgot would come back.
         """
-        with self._turns:
-            entry = self._find(edit, "active")
-            remaining = [other for other in self._active() if other.number != entry.edit.number]
-            try:
-                self._write(remaining)
-                for later in (other for other in remaining if other.number > entry.edit.number):
-                    now = self._recall(later.fact)
-                    held = max(RETURNED, self.config.target_recall) * later.before.recall
-                    if now > max(held, 1.25 * later.after.recall):
-                        raise ValueError(
-                            f"edit {entry.edit.number} ({entry.edit.id!r}): expected later edits to hold without it, "
-                            f"got {now:.3f} recall of {later.id!r}, {later.after.recall:.3f} with it; undo edit "
-                            f"{later.number} first"
-                        )
-                self._record("undo", {"number": entry.edit.number})
-            except BaseException:
-                self._write(self._active())
-                raise
-            entry.status = "undone"
-            return entry.edit
+        with self._turn() as held, self._whole():
+            edit = self._history.find(edit, "active").edit
+            remaining = [other for other in self._history.active if other.number != edit.number]
+            self._write(remaining)
+            for later in (other for other in remaining if other.number > edit.number):
+                held.check()
+                now = recall(self._model, self._tokenizer, [later.fact])[later.id]
+                least = max(RETURNED, self.config.target_recall) * later.before.recall
+                if not now <= max(least, 1.25 * later.after.recall):
+                    raise ValueError(
+                        f"edit {edit.number} ({edit.id!r}): expected later edits to hold without it, got {now:.3f} "
+                        f"recall of {later.id!r}, {later.after.recall:.3f} with it; undo edit {later.number} first"
+                    )
+            self._record("undo", {"number": edit.number})
+            return edit
 
     def redo(self, edit: Edit | None = None) -> Edit:
         """Bring an undone edit back, the last one undone by default.
@@ -203,22 +194,18 @@ class Editor:
         Raises:
             ValueError: if there is no such undone edit.
         """
-        with self._turns:
-            entry = self._find(edit, "undone")
-            try:
-                self._write(sorted([*self._active(), entry.edit], key=lambda e: e.number))
-                self._record("redo", {"number": entry.edit.number})
-            except BaseException:
-                self._write(self._active())
-                raise
-            entry.status = "active"
-            return entry.edit
+        with self._turn(), self._whole():
+            edit = self._history.find(edit, "undone").edit
+            self._write(sorted([*self._history.active, edit], key=lambda e: e.number))
+            self._record("redo", {"number": edit.number})
+            return edit
 
     def commit(self) -> None:
         """Make the active edits final: they can no longer be undone."""
-        with self._turns:
+        with self._turn():
+            base = snapshot(self._targets)
             self._record("commit", {})
-            self._commit()
+            self._base = base
 
     def measure(self, edit: Edit, relearn: Any = None) -> State:
         """The model with ``edit`` in place of the active edit of its number: what a compressed one is worth.
@@ -227,38 +214,56 @@ class Editor:
             relearn: facts; if given, recall after :func:`cir.relearn` has trained on them is measured too.
 
         Raises:
-            ValueError: if no edit of that number is active.
+            ValueError: if no edit of that number is active. NonFiniteError: on a NaN or infinite loss or recall.
         """
-        with self._turns:
-            entry = self._find(edit, "active")
-            active = self._active()
-            fact = entry.edit.fact
-            try:
-                with answering(self._model, self._stack, self._first) as tape:
-                    looks = self._looks(tape, fact)
-                    self._write([other for other in active if other.number < entry.edit.number])
-                    looks.read()
-                    self._write([edit if other.number == entry.edit.number else other for other in active])
-                    state = looks.whole()
-                if relearn is None:
-                    return state
-                last = attack(self._model, self._tokenizer, relearn, [fact], progress=False)[-1]
-                return replace(state, relearned=last[fact.id])
-            finally:
-                self._write(active)
+        with self._turn() as held, self._whole():
+            fact, active = self._history.find(edit, "active").edit.fact, self._history.active
+            with answering(self._model, self._stack, self._first) as tape:
+                looks = self._looks(tape, fact)
+                self._write([other for other in active if other.number < edit.number])
+                looks.read()
+                self._write([edit if other.number == edit.number else other for other in active])
+                state = looks.whole()
+            if relearn is not None:
+                with held.released():
+                    last = attack(self._model, self._tokenizer, relearn, [fact], progress=False)[-1]
+                state = replace(state, relearned=last[fact.id])
+            self._write(active)
+            return state
 
-    def _forget(self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State) -> Edit:
+    @contextmanager
+    def _turn(self) -> Iterator[Held]:
+        """To change the model: signals wait while weights, history and journal may say different things."""
+        with Held() as held, self._turns.taken(held.check):
+            if self._broken:
+                raise RuntimeError(
+                    f"expected a model as its edits make it, got one that {self._broken}: load it again"
+                )
+            yield held
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What an exception leaves half-done to the weights is taken back."""
+        try:
+            yield
+        except BaseException:
+            self._broken = "could not be brought back"
+            self._write(self._history.active)
+            self._broken = ""
+            raise
+
+    def _forget(self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State, held: Held) -> Edit:
         """The edit, in place and measured."""
         config = self.config
         looks.read()
-        updates, full, stopped = self._walk(tape, fact, looks, before)
+        updates, full, stopped = self._walk(tape, fact, looks, before, held)
         if not updates:
             raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
         for _ in range(RETREATS + 1):
             factors, energy = factorise(self._targets, updates, config.rank, config.energy)
             edit = Edit(
                 id=fact.id,
-                number=len(self._entries) + 1,
+                number=len(self._history.entries) + 1,
                 fact=fact,
                 factors=factors,
                 energy=energy,
@@ -270,7 +275,8 @@ class Editor:
                 stopped=stopped,
                 fingerprint=self.fingerprint,
             )
-            self._write([*self._active(), edit])
+            self._write([*self._history.active, edit])
+            held.check()
             after = looks.whole()
             if after.rise > config.budget or after.worst > config.worst_window:
                 # Harm is as the square of the way.
@@ -286,7 +292,9 @@ class Editor:
                 )
         raise EditError(f"fact {fact.id!r}: expected a part of the edit within the bounds, got {after}")
 
-    def _walk(self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State) -> tuple[list[Update], State, str]:
+    def _walk(
+        self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State, held: Held
+    ) -> tuple[list[Update], State, str]:
         """Steps in place until the fact is forgotten: those kept, the model after the last, why it stopped."""
         config = self.config
         share, goal, state = 1.0, config.target_recall * before.recall, before
@@ -310,6 +318,7 @@ class Editor:
         while len(kept) < config.max_steps:
             ended, new = False, list[Update]()
             for _ in range(min(NEIGHBOURS_EVERY * config.check_every, config.max_steps - len(kept))):
+                held.check()
                 # The sentences are gone, and some probe is not yet: lower still.
                 while not (step := forgetter.step(floor=floor)).live and floor > LOWEST:
                     floor -= 2 * settings.dose  # so far that a whole dose is left
@@ -340,7 +349,7 @@ class Editor:
 
     def _known(self, fact: Fact, looks: Looks) -> State:
         """The model before an edit of ``fact``; raises ValueError where there is nothing to forget."""
-        for entry in self._entries:
+        for entry in self._history.entries:
             if entry.status != "undone" and entry.edit.fact.sentences == fact.sentences:
                 raise ValueError(f"fact {fact.id!r}: already forgotten by edit {entry.edit.number}")
         before = looks.state()
@@ -359,42 +368,33 @@ class Editor:
         watched = self._neighbours, self._watched
         return Looks(tape, self._tokenizer, fact, watched, text, self._replays.follow(tape.weights))
 
-    def _recall(self, fact: Fact) -> float:
-        return recall(self._model, self._tokenizer, [fact])[fact.id]
-
-    def _active(self) -> list[Edit]:
-        return [entry.edit for entry in self._entries if entry.status == "active"]
-
-    def _find(self, edit: Edit | None, status: str) -> _Entry:
-        found = [e for e in self._entries if e.status == status and (edit is None or e.edit.number == edit.number)]
-        if not found:
-            which = "an edit" if edit is None else f"edit {edit.number} ({edit.id!r})"
-            states = {e.edit.number: e.status for e in self._entries}
-            raise ValueError(f"expected {which} that is {status}, got {states or 'none at all'}")
-        return found[-1]
-
     def _write(self, edits: Sequence[Edit]) -> None:
         """Weights = base + the sum of ``edits``, rounded once."""
         restore(self._targets, self._base)
         add_factors(self._targets, [edit.factors for edit in edits], rounding=self.config.rounding)
 
-    def _commit(self) -> None:
-        self._base = snapshot(self._targets)
-        for entry in self._entries:
-            entry.status = "committed" if entry.status == "active" else entry.status
-
-    def _record(self, kind: str, about: dict[str, Any], payload: bytes = b"") -> None:
+    def _record(self, kind: str, about: dict[str, Any], edit: Edit | None = None) -> None:
+        """On the disk and in memory, or in neither."""
         if self._journal is not None:
-            self._journal.append(kind, about, payload)
+            self._journal.append(kind, about, b"" if edit is None else edit.to_bytes())
+        if edit is not None:
+            self._history.add(edit)
+        else:
+            self._history.take(Record(kind, about, b""))
 
     def _replay(self, journal: Journal) -> None:
-        for record in journal.records:
-            if record.kind == "edit":
-                self._entries.append(_Entry(Edit.from_bytes(record.payload), "active"))
-            elif record.kind == "commit":
-                self._write(self._active())
-                self._commit()
-            else:
-                self._entries[record.about["number"] - 1].status = {"undo": "undone", "redo": "active"}[record.kind]
-        self._write(self._active())
+        own = {target.name for target in self._targets}
+        for number, record in enumerate(journal.records, 1):
+            try:
+                if record.kind == "commit":
+                    self._write(self._history.active)
+                    self._base = snapshot(self._targets)
+                self._history.take(record)
+                if record.kind == "edit":
+                    edit = self._history.entries[-1].edit
+                    if {target.name for target in edit.targets_in(self._model)} != own:
+                        raise ValueError(f"expected an edit of {len(own)} linears, got one of {len(edit.factors)}")
+            except ValueError as error:
+                raise JournalError(f"{journal.path}, record {number}: {error}") from error
+        self._write(self._history.active)
         journal.records.clear()

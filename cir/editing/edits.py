@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from cir.data.facts import Fact, load_facts
+from cir.data.files import strict_json
+from cir.data.writing import check_output, write_file, write_folder
 from cir.model.capture import Tokens
-from cir.model.checkpoints import check_output, write_folder
 from cir.model.sites import Target, find_stack, unwrapped
 from cir_kernels import outer_norm_sq, outer_update_
 
@@ -129,7 +131,8 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        _write_tensors(Path(path), *self._tensors())
+        tensors, about = self._tensors()
+        write_file(path, lambda partial: save_file(tensors, partial, metadata=about))
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = {
@@ -147,28 +150,45 @@ class Edit:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: if the file holds no edit of this format.
+            ValueError: if the file holds no whole edit of this format, or one with figures that are not finite.
         """
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if FORMAT not in metadata:
-                raise ValueError(f"{path}: expected a file of format {FORMAT}, got metadata {sorted(metadata)}")
-            return cls._of(metadata, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        try:
+            return cls.from_bytes(Path(path).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Edit:
-        """Read what :meth:`to_bytes` made; the metadata is the file's JSON header's."""
-        from safetensors.torch import load
-
-        length = int.from_bytes(data[:8], "little")
-        return cls._of(json.loads(data[8 : 8 + length])["__metadata__"], load(data))
+        """Read what :meth:`to_bytes` made; raises ValueError as :meth:`load`."""
+        try:
+            tensors = load(data)
+            length = int.from_bytes(data[:8], "little")  # of the file's JSON header, which has the metadata
+            metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+            if FORMAT not in metadata:
+                raise ValueError(f"expected a file of format {FORMAT}, got metadata {sorted(metadata)!r:.80}")
+            return cls._of(strict_json(FORMAT, metadata[FORMAT]), tensors)
+        except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"expected an edit, got {type(error).__name__}: {error!s:.200}") from error
 
     @classmethod
-    def _of(cls, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Edit:
-        about = json.loads(metadata[FORMAT])
-        factors = {key[:-2]: (tensor, tensors[key[:-1] + "A"]) for key, tensor in tensors.items() if key[-1] == "B"}
+    def _of(cls, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
+        factors = {key[:-2]: (tensor, tensors[key[:-1] + "A"]) for key, tensor in tensors.items() if key[-2:] == ".B"}
+        for name, (b, a) in factors.items():
+            if b.ndim != 2 or a.ndim != 2 or len(b) != len(a) or not b.is_floating_point() or b.dtype != a.dtype:
+                raise ValueError(f"{name}: expected B (r, D_out) and A (r, D_in), got {b.shape} and {a.shape}")
+            if not (b.isfinite().all() and a.isfinite().all()):
+                raise ValueError(f"{name}: expected finite factors, got NaN or infinity")
+        if not factors or len(tensors) != 2 * len(factors):
+            raise ValueError(f"expected factors B and A of linears, got {sorted(tensors)!r:.80}")
         states = {key: State(**about[key]) for key in ("before", "full", "after")}
-        return cls(**{**about, **states, "fact": load_facts([about["fact"]])[0], "factors": factors})
+        edit = cls(**{**about, **states, "fact": load_facts([about["fact"]])[0], "factors": factors})
+        for name, kind in (("id", str), ("stopped", str), ("fingerprint", str), ("number", int), ("steps", int)):
+            if not isinstance(getattr(edit, name), kind):
+                raise ValueError(f"{name}: expected {kind.__name__}, got {getattr(edit, name)!r:.80}")
+        for figure in (edit.energy, edit.seconds, *(f for s in states.values() for f in vars(s).values())):
+            if figure is not None and not (isinstance(figure, int | float) and isfinite(figure)):
+                raise ValueError(f"expected finite figures, got {figure!r:.80}")
+        return edit
 
     def export_lora(self, folder: str | Path, base_model: str = "") -> None:
         """Write a LoRA adapter that ``peft`` loads as it is, and that serving engines can swap in and out.
@@ -273,12 +293,3 @@ def _orthonormal(rows: Tensor) -> Tensor:
 
 def _norm_sq(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return float(outer_norm_sq([([b.float()], a.float()) for b, a in pairs]))
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

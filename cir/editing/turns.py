@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+POLL = 0.1
+"""Seconds between looks at whether a waiter has been interrupted."""
 
 
 class Turns:
@@ -13,25 +18,21 @@ class Turns:
         self._waiting: deque[threading.Lock] = deque()
         self._guard = threading.Lock()
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def taken(self, check: Callable[[], None]) -> Iterator[None]:
+        """Wait for a turn, and have it. ``check`` may raise, while waiting, what ends that: others go on then."""
         turn = threading.Lock()
-        turn.acquire()
         with self._guard:
             self._waiting.append(turn)
-            if self._waiting[0] is turn:
-                turn.release()
+            if self._waiting[0] is not turn:
+                turn.acquire()
         try:
-            turn.acquire()
-        except BaseException:  # Ctrl-C while waiting: others must not wait for this one
-            self._leave(turn)
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._leave(self._waiting[0])
-
-    def _leave(self, turn: threading.Lock) -> None:
-        with self._guard:
-            first = self._waiting[0] is turn
-            self._waiting.remove(turn)
-            if first and self._waiting:
-                self._waiting[0].release()
+            while not turn.acquire(timeout=POLL):
+                check()
+            yield
+        finally:
+            with self._guard:
+                first = self._waiting[0] is turn
+                self._waiting.remove(turn)
+                if first and self._waiting:
+                    self._waiting[0].release()

@@ -110,7 +110,7 @@ def test_an_earlier_edit_is_not_undone_where_a_later_one_needs_it(make, monkeypa
     first, second = editor.forget(FACTS[8]), editor.forget(FACTS[9])
     before = weights(editor)
     with monkeypatch.context() as patch:
-        patch.setattr(editor, "_recall", lambda fact: 0.9 if fact.id == "f9" else 0.0)
+        patch.setattr("cir.editing.editor.recall", lambda m, t, facts: {facts[0].id: 0.9})
         with pytest.raises(ValueError, match=r"edit 1 \('f8'\): expected later edits to hold .* undo edit 2 first"):
             editor.undo(first)
     assert same(weights(editor), before)
@@ -299,3 +299,52 @@ def test_threads_edit_one_after_another(make):
     while editor.edits:
         editor.undo()
     assert same(weights(editor), weights(make()))
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (("undo", {"number": 1}), "record 2: expected the number of an edit that is active, got 1"),
+        (("edit", {}), "record 2: expected an edit of 4 linears, got one of 1"),
+        (("edit", {}, "other"), r"record 2: edit 'f8': expected a model with other \(24, 24\), got no such linear"),
+    ],
+)
+def test_records_that_do_not_follow_are_refused_and_the_model_stays(make, trained, tmp_path, step, said):
+    path = tmp_path / "journal"
+    editor = make(journal=path)
+    edit = editor.forget(FACTS[8])
+    if step[0] == "undo":
+        editor.undo()
+    editor.close()
+    kind, about, *name = step
+    payload = b""
+    if kind == "edit":
+        first, factors = next(iter(edit.factors.items()))
+        payload = replace(edit, number=2, factors={name[0] if name else first: factors}).to_bytes()
+    number = 2 if kind == "edit" else 3
+    journal = Journal(path, editor.fingerprint, CONFIG.rounding)
+    journal.append(kind, about, payload)
+    journal.close()
+    model, tokenizer, subspaces = trained
+    model = copy.deepcopy(model)
+    with pytest.raises(JournalError, match=said.replace("record 2", f"record {number}")):
+        Editor(model, tokenizer, subspaces, text=TEXT, config=CONFIG, journal=path)
+    assert same(snapshot(find_stack(model).writers(0)), weights(make()))
+
+
+def test_a_model_that_cannot_be_brought_back_is_not_edited_further(make, monkeypatch):
+    editor = make()
+    editor.forget(FACTS[8])
+    with monkeypatch.context() as patch:
+        patch.setattr("cir.editing.editor.restore", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            editor.undo()
+    with pytest.raises(RuntimeError, match="got one that could not be brought back: load it again"):
+        editor.redo()
+
+
+def test_another_rounding_than_that_of_the_journal_is_refused(make, tmp_path):
+    make(journal=tmp_path / "journal").close()
+    other = replace(CONFIG, rounding="nearest" if CONFIG.rounding != "nearest" else "stochastic")
+    with pytest.raises(JournalError, match="expected the journal of this model, rounding"):
+        make(journal=tmp_path / "journal", config=other)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import signal
 import threading
 import time
 
@@ -13,11 +12,11 @@ def test_callers_wait_and_are_served_in_order():
     turns, served = Turns(), []
 
     def call(number):
-        with turns:
+        with turns.taken(lambda: None):
             served.append(number)
 
     threads = [threading.Thread(target=call, args=(number,)) for number in range(20)]
-    with turns:
+    with turns.taken(lambda: None):
         for number, thread in enumerate(threads, 1):
             thread.start()
             while len(turns._waiting) <= number:
@@ -29,17 +28,12 @@ def test_callers_wait_and_are_served_in_order():
 
 
 def test_one_that_gives_up_waiting_holds_up_nobody():
-    def interrupt(*_):
+    def interrupt():
         raise KeyboardInterrupt
 
     turns = Turns()
-    with turns:
-        before = signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                turns.__enter__()
-        finally:
-            signal.signal(signal.SIGALRM, before)
-    with turns:
+    with turns.taken(interrupt), pytest.raises(KeyboardInterrupt), turns.taken(interrupt):
+        pytest.fail("two at once")
+    with turns.taken(interrupt):
         assert len(turns._waiting) == 1
+    assert not turns._waiting
