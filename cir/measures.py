@@ -17,6 +17,10 @@ from cir.data.sampling import Sample, spread
 from cir.data.tokens import continuation, encode, pad, windows
 
 
+class NonFiniteError(ArithmeticError):
+    """A loss, gradient or figure that is NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean and its standard error over ``count`` independent units: facts, questions or windows of text."""
@@ -27,10 +31,16 @@ class Estimate:
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:
-    """The mean of ``values``, each of one unit; None where there are none."""
+    """The mean of ``values``, each of one unit; None where there are none.
+
+    Raises:
+        NonFiniteError: on values that are NaN or infinite.
+    """
     rows = torch.tensor(list(values), dtype=torch.float64)
     if not len(rows):
         return None
+    if not rows.isfinite().all():
+        raise NonFiniteError(f"expected a model of finite outputs, got {int((~rows.isfinite()).sum())} that are not")
     stderr = float(rows.std()) / len(rows) ** 0.5 if len(rows) > 1 else 0.0
     return Estimate(float(rows.mean()), stderr, len(rows))
 

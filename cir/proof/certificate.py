@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from cir.data.facts import Fact, check_apart, leaking, split_facts
+from cir.data.files import strict_json
 from cir.data.sampling import spread
 from cir.data.tokens import windows
+from cir.data.writing import MARK
 from cir.forgetting.report import hash_facts, library_versions
 from cir.forgetting.update import fingerprint_of, snapshot
-from cir.measures import Estimate, Reference, evaluate, reference_of, unknown_facts
+from cir.measures import WINDOW, Estimate, Reference, evaluate, reference_of, unknown_facts
 from cir.model.sites import find_stack
 from cir.proof.attacks import attack
+from cir.proof.page import page
 from cir.proof.relearning import worst_relearning
+from cir.proof.stated import FORMAT, check_content, check_signature, signature
 
-FORMAT = "cir-certificate-1"
 NAME, PAGE, REFERENCE = "certificate.json", "certificate.html", "certificate-reference.safetensors"
-LATER = ("kl_worst_window",)
-"""Measures that certificates made before there were these do not state."""
+SIGNATURE = "certificate.sig"
+MOST_BYTES = 2**26
+"""Of a certificate that is read."""
 ATTACKER_KNOWS = 0.8
-TOLERANCE = 2e-3
-LOOSE_TOLERANCE = 0.05
-"""For what draws or trains, and for shares of few probes: rounding in another order may tip one of them."""
-LOOSE = ("sampled", "extraction", "linear_probe", "relearning", "accuracy", "quantized")
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Examiner:
         self._facts = [fact for fact in evidence.facts if fact.id not in self.unknown]
         if not self._facts:
             raise ValueError("facts: expected some that the model knows, got none")
-        rows = spread(windows(tokenizer, evidence.text, 256), evidence.text_tokens)
+        rows = spread(windows(tokenizer, evidence.text, WINDOW), evidence.text_tokens)
         self.reference = reference or reference_of(model, rows)
 
     def examine(self, original: Mapping[str, Tensor] | None = None) -> Examination:
@@ -194,144 +193,85 @@ class Certificate:
     content: dict[str, Any]
     reference: Reference
 
-    def write(self, folder: Path) -> None:
-        """certificate.json, the page, and the reference, into ``folder``."""
-        (folder / NAME).write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
-        (folder / PAGE).write_text(page(self.content), encoding="utf-8")
+    def write(self, folder: Path, key: bytes | None = None) -> None:
+        """certificate.json, the page, and the reference, into ``folder``, whose files it states; with a ``key``, see
+        :func:`signature`, certificate.sig too.
+        """
         save_file({name: rows.contiguous() for name, rows in vars(self.reference).items()}, folder / REFERENCE)
+        content = {**self.content, "files_sha256": hashed_files(folder)}
+        said = _said(content)
+        (folder / NAME).write_bytes(said)
+        (folder / PAGE).write_text(page(content), encoding="utf-8")
+        if key is not None:
+            (folder / SIGNATURE).write_bytes(signature(said, key))
 
     @classmethod
-    def read(cls, folder: str | Path) -> Certificate:
+    def read(cls, folder: str | Path, public_key: bytes | None = None) -> Certificate:
         """What :meth:`write` wrote.
 
+        Args:
+            public_key: of the signer, PEM: the certificate must be signed by them.
+
         Raises:
-            FileNotFoundError: if there is none. ValueError: if it is of another format.
+            FileNotFoundError: if there is none. ValueError: if it is of another format, not as it is written, or not
+                signed by that key.
         """
-        path = Path(folder) / NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"expected {NAME} in {folder}, got no such file; cir unlearn --certify writes it")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{path}: expected format {FORMAT}, got {content.get('format')}")
-        return cls(content, Reference(**load_file(Path(folder) / REFERENCE)))
+        said = _bytes(Path(folder) / NAME, MOST_BYTES)
+        if public_key is not None:
+            check_signature(said, _bytes(Path(folder) / SIGNATURE, 1024), public_key)
+        content = strict_json(NAME, said.decode())
+        check_content(content)
+        if said != _said(content):  # a key that is there twice, for one
+            raise ValueError(f"{NAME}: expected JSON as it is written, got the same in another form")
+        return cls(content, _reference(_bytes(Path(folder) / REFERENCE, 2**33)))
 
 
-def verify(
-    certificate: Certificate, model: Any, tokenizer: Any, evidence: Evidence, *, progress: bool = True
-) -> list[str]:
-    """Recompute ``certificate`` from the checkpoint that it came with, and say where it differs.
+def _said(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
-    The attack that needs the weights from before is left out, and so is relearning where ``evidence`` says so.
 
-    Returns:
-        A line for each difference; empty if the certificate holds. Figures may differ by 0.002 (losses: relatively),
-        those that draw, train or count few probes by 0.05.
-    """
-    stated = certificate.content
-    was, own = stated["data_sha256"], evidence.hashes()
-    hashes = {f"data, {name}": (was.get(name, "none"), own.get(name, "none")) for name in {**was, **own}}
-    hashes["weights"] = stated["weights_sha256"]["after"], weights_hash(model)
-    found = [f"{name}: expected {was[:12]}, got {own[:12]}" for name, (was, own) in hashes.items() if was != own]
-    examiner = Examiner(
-        model, tokenizer, evidence, unknown=stated["set_aside"], reference=certificate.reference, progress=progress
-    )
-    now = asdict(examiner.examine())
-    for kind in ("measures", "attacks"):
-        for name, outcome in now[kind].items():
-            if name in LATER and name not in stated["after"][kind]:
-                continue
-            was = stated["after"][kind].get(name, {"value": math.nan})["value"]
-            if not _agree(name, was, outcome["value"]):
-                found.append(f"{name}: expected {was:.4f}, got {outcome['value']:.4f}")
+def _reference(data: bytes) -> Reference:
+    try:
+        found = Reference(**load(data))
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"{REFERENCE}: expected what a model said of a text, got {error!s:.200}") from error
+    rows, ids, logprobs = found.rows, found.ids, found.logprobs
+    shapes = [tuple(part.shape) for part in (rows, ids, logprobs)]
+    n, length = shapes[0] if rows.ndim == 2 else (0, 0)
+    if ids.ndim != 3 or shapes[1:] != [(n, length - 1, ids.shape[-1])] * 2 or min(rows.numel(), ids.numel()) < 1:
+        raise ValueError(f"{REFERENCE}: expected rows (N, L), ids and logprobs (N, L - 1, k), got {shapes}")
+    if any(part.is_floating_point() for part in (rows, ids)) or min(int(rows.min()), int(ids.min())) < 0:
+        raise ValueError(f"{REFERENCE}: expected token ids, got {rows.dtype} and {ids.dtype}, or negative ones")
+    if not (logprobs.is_floating_point() and logprobs.isfinite().all() and (logprobs <= 1e-3).all()):
+        raise ValueError(f"{REFERENCE}: expected log-probabilities, got others")
     return found
 
 
-def _agree(name: str, stated: float, found: float) -> bool:
-    tolerance = LOOSE_TOLERANCE if any(word in name for word in LOOSE) else TOLERANCE
-    return abs(stated - found) <= tolerance * max(1.0, abs(stated))
+def hashed_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in ``folder`` but those that are made of the certificate, by name."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (NAME, PAGE, SIGNATURE, MARK):
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+            found[name] = digest.hexdigest()
+    return found
+
+
+def _bytes(path: Path, most: int) -> bytes:
+    """Of a regular file of no more than that."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"expected {path.name} in {path.parent}, got no such file; cir unlearn --certify writes it"
+        )
+    if not path.is_file() or path.stat().st_size > most:
+        raise ValueError(f"{path}: expected a regular file of at most {most} bytes, got something else")
+    return path.read_bytes()
 
 
 def weights_hash(model: Any) -> str:
     """SHA-256 over the names, types, shapes and bits of all parameters."""
     return fingerprint_of((name, parameter.detach()) for name, parameter in model.named_parameters())
-
-
-LABELS = {
-    "recall": "Recall: probability of the answer",
-    "paraphrase_recall": "Recall when asked in other words",
-    "token_extraction": "Answer tokens that are the likeliest",
-    "generation_extraction": "Probes whose greedy continuation holds the answer",
-    "accuracy": "Multiple choice, right letter first",
-    "accuracy_t1": "Multiple choice, probability of the right letter",
-    "neighbour_recall": "Recall of neighbours (should stay)",
-    "same_subject_recall": "Recall of other facts about the same subjects (should stay)",
-    "loss": "Loss on ordinary text, nats a token (should stay)",
-    "kl": "Change of what is said about that text, KL in nats a token",
-    "kl_worst_window": "The same, of the window that changed most",
-    "quantized_8bit": "Recall with weights rounded to 8 bits",
-    "quantized_4bit": "Recall with weights rounded to 4 bits",
-    "pruned": "Recall with the smaller half of the changes undone",
-    "sampled": "Probes with the answer in one of many drawn continuations",
-    "few_shot": "Recall after four related questions and answers",
-    "linear_probe": "Answers that a linear map reads from hidden states",
-}
-LIMITS = (
-    "It holds for the probes, texts and attacks listed, not for every way to ask or to attack.",
-    "Facts that share no probe with these, and knowledge from which the facts follow, were not examined.",
-    "A fine-tuning attacker who has the facts themselves can always teach them again.",
-    "Figures are means; the one after the ± is a standard error over facts, questions or windows of text.",
-)
-
-
-def page(certificate: Mapping[str, Any]) -> str:
-    """The certificate as one self-contained HTML page."""
-    before, after = certificate["before"], certificate["after"]
-    recalls = [
-        [name, f"{was:.1%}", f"{after['recall'].get(name, float('nan')):.1%}"]
-        for name, was in before["recall"].items()
-    ]
-    aside = certificate["set_aside"]
-    parts = [
-        "<h1>Certificate of unlearning</h1>",
-        f"<p>{len(recalls)} facts were to be forgotten.",
-        f" Not known to begin with, and counted nowhere: {html.escape(', '.join(aside))}." if aside else "",
-        "</p>",
-        "<h2>Measures</h2>",
-        _table(("", "before", "after"), _outcomes(before["measures"], after["measures"])),
-        "<h2>Attacks</h2>",
-        _table(("", "before", "after"), _outcomes(before["attacks"], after["attacks"])),
-        "<h2>Each fact: recall</h2>",
-        _table(("fact", "before", "after"), recalls),
-        "<h2>What this does not guarantee</h2>",
-        "<ul>" + "".join(f"<li>{html.escape(limit)}</li>" for limit in LIMITS) + "</ul>",
-        "<h2>How it was made</h2>",
-        f"<pre>{html.escape(json.dumps({k: certificate[k] for k in _MADE}, indent=2))}</pre>",
-    ]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Certificate of unlearning</title><style>'
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse;width:100%}td,th{padding:.25rem .5rem;border-bottom:1px solid #ddd;"
-        "text-align:right;font-variant-numeric:tabular-nums}td:first-child,th:first-child{text-align:left}"
-        "pre{overflow-x:auto;background:#f6f6f6;padding:1rem}</style><body>" + "".join(parts) + "</body></html>\n"
-    )
-
-
-_MADE = ("method", "sources", "settings", "data_sha256", "weights_sha256", "versions")
-
-
-def _outcomes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list[str]]:
-    return [
-        [LABELS.get(name, name[:1].upper() + name[1:]), *(_figure(side.get(name)) for side in (before, after))]
-        for name in {**before, **after}
-    ]
-
-
-def _figure(outcome: Mapping[str, float] | None) -> str:
-    return "" if outcome is None else f"{outcome['value']:.4f} ± {outcome['stderr']:.4f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

@@ -53,7 +53,7 @@ def relearn(
     lora_rank: int = 0,
     epochs: int = 6,
     batch_size: int = 32,
-    max_length: int = 128,
+    max_length: int = 1024,
     keep: bool = False,
     progress: bool = True,
 ) -> list[dict[str, float]]:

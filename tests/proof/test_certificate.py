@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,13 @@ import pytest
 import cir
 from cir import CIRConfig, cli
 from cir.data.facts import load_facts, split_facts
-from cir.measures import evaluate
+from cir.measures import NonFiniteError, evaluate
 from cir.proof.attacks import attack
-from cir.proof.certificate import NAME, PAGE, Certificate, Evidence, Witness, verify, weights_hash
+from cir.proof.certificate import NAME, PAGE, SIGNATURE, Certificate, Evidence, Witness, weights_hash
+from cir.proof.stated import signature
+from cir.proof.verification import ALWAYS, WITHOUT_ORIGINAL, verify
+from tests.faults.certificates import certified as signed
+from tests.faults.certificates import sweep
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
 
 FORGET, STAY = load_facts(facts(12))[:8], load_facts(facts(12))[8:]
@@ -56,17 +61,25 @@ def test_it_is_read_back_and_holds_until_a_weight_or_the_data_differs(certified,
     model, tokenizer, measured, certificate, _ = certified
     certificate.write(tmp_path)
     read = Certificate.read(tmp_path)
-    assert read.content == json.loads(json.dumps(certificate.content))
-    assert verify(read, model, tokenizer, measured, progress=False) == []
-    del read.content["after"]["measures"]["kl_worst_window"]  # as certificates were before it was measured
-    assert verify(read, model, tokenizer, measured, progress=False) == []
+    assert read.content.items() >= json.loads(json.dumps(certificate.content)).items()
+    found = verify(read, model, tokenizer, measured, folder=tmp_path, progress=False)
+    assert found.holds
+    assert found.unverified == [WITHOUT_ORIGINAL, ALWAYS]
+    found = verify(read, model, tokenizer, measured, original=knowing_llama(), progress=False)
+    assert found.holds
+    assert found.unverified == [ALWAYS, "the other files of the checkpoint, and the page"]
     other = replace(measured, text=TEXT.replace("word1", "word2"))
     found = verify(read, model, tokenizer, other, progress=False)
-    assert found[0].startswith("data, text: expected")
+    assert found.differences[0].startswith("data, text: expected")
+    assert found.differences[-1] == "reference: expected the windows of the text, got others"
     original = knowing_llama()
     found = verify(read, original, tokenizer, measured, progress=False)
-    assert found[0].startswith("weights: expected")
-    assert any(line.startswith("recall: expected") for line in found)
+    assert found.differences[0].startswith("weights, after: expected")
+    assert any(line.startswith("recall: expected") for line in found.differences)
+
+
+def test_alterations_are_found_or_named_as_unverified():
+    assert sweep(0.25) == (14, [])
 
 
 def test_the_page_shows_every_figure_and_hides_no_markup(certified, tmp_path):
@@ -112,11 +125,11 @@ def test_a_missing_certificate_and_one_of_another_format_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected certificate\.json in"):
         Certificate.read(tmp_path)
     (tmp_path / NAME).write_text('{"format": "other"}')
-    with pytest.raises(ValueError, match="expected format cir-certificate-1, got other"):
+    with pytest.raises(ValueError, match="expected format cir-certificate-2, got 'other'; make it anew"):
         Certificate.read(tmp_path)
 
 
-def test_the_command_line_certifies_and_verifies(tmp_path, capsys):
+def test_the_command_line_certifies_and_verifies(tmp_path, capsys, monkeypatch):
     folder, out = tmp_path / "in", tmp_path / "out"
     knowing_llama(hidden_size=160, intermediate_size=192).save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
@@ -139,8 +152,17 @@ def test_the_command_line_certifies_and_verifies(tmp_path, capsys):
     content = json.loads((out / "certificate.json").read_text())
     assert content["after"]["measures"]["same_subject_recall"]["count"] == 2
     assert "Recall of other facts about the same subjects" in (out / "certificate.html").read_text()
+    assert run("verify", str(out)) == 1
+    foreign = "expected files in .*, got a certificate that names others; if they are yours: --facts .*/facts.jsonl"
+    assert re.search(foreign, capsys.readouterr().err)
+    monkeypatch.chdir(tmp_path)
     assert run("verify", str(out)) == 0
-    assert "The certificate holds." in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"unverified {WITHOUT_ORIGINAL}" in told
+    assert "unverified who made it" in told
+    assert "All that was verified is as stated." in told
+    assert run("verify", str(out), "--original", "IN/model") == 0
+    assert WITHOUT_ORIGINAL not in capsys.readouterr().out
 
     (folder / "other.jsonl").write_text(json.dumps(facts(12)[10]) + "\n")
     assert run("verify", str(out), "--same-subject", "IN/other.jsonl") == 1
@@ -150,4 +172,41 @@ def test_the_command_line_certifies_and_verifies(tmp_path, capsys):
     assert "stay.jsonl" in capsys.readouterr().err
     (out / "model.safetensors").write_bytes((folder / "model" / "model.safetensors").read_bytes())
     assert run("verify", str(out), "--neighbours", "IN/moved.jsonl") == 1
-    assert "differs    weights" in capsys.readouterr().out
+    assert "differs    weights, after" in capsys.readouterr().out
+
+
+def test_a_signature_is_of_this_certificate_and_that_key(tmp_path):
+    of = signed(tmp_path / "one")
+    Certificate.read(of.folder, of.public)
+    with pytest.raises(ValueError, match=r"certificate\.sig: expected the signature of this certificate by that key"):
+        Certificate.read(of.folder, signed(tmp_path / "two").public)
+    with pytest.raises(ValueError, match="expected a public Ed25519 key, PEM, got"):
+        Certificate.read(of.folder, of.key)
+    with pytest.raises(ValueError, match="expected a private Ed25519 key, PEM without a password, got"):
+        signature(b"", of.public)
+    (of.folder / SIGNATURE).unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected certificate\.sig in"):
+        Certificate.read(of.folder, of.public)
+
+
+def test_what_was_forgotten_is_kept_where_its_certificate_fails(tmp_path, capsys, monkeypatch):
+    knowing_llama(hidden_size=160, intermediate_size=192).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    for name, items in (("facts", facts(12)[:8]), ("stay", facts(12)[8:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    options = "--model model --facts facts.jsonl --neighbours stay.jsonl --disruption text.txt --retain text.txt "
+    options += "--certify --no-relearning --budget 9 --max-steps 2 --quiet --device cpu --out out --overwrite"
+    for failure, status in ((KeyboardInterrupt(), 130), (NonFiniteError("nan"), 1)):
+
+        def fails(*_, failure=failure):
+            raise failure
+
+        monkeypatch.setattr(Witness, "certificate", fails)
+        assert cli.main(["unlearn", *options.split()]) == status
+        told = capsys.readouterr()
+        assert f"cir: written without a certificate: {type(failure).__name__}" in told.err
+        assert "written " in told.out
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+        assert not (tmp_path / "out" / NAME).exists()
