@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 import torch
 
@@ -16,8 +17,24 @@ MODES = ("orthogonal", "sequential", "soft")
 STATISTICS = ("tokens", "weight_gradients")
 
 
+def _check_types(config: CIRConfig | BreakingConfig | EditConfig) -> None:
+    """Numbers are numbers, finite and no truth values; what is to be whole is whole."""
+    for field in fields(config):
+        value, kinds = getattr(config, field.name), str(field.type).split(" | ")
+        if value is None and "None" in kinds:
+            continue
+        if "bool" in kinds:
+            _require(isinstance(value, bool), field.name, "True or False", repr(value))
+        elif kinds[0] in ("int", "float"):
+            what = "a whole number" if kinds[0] == "int" else "a finite number"
+            number = isinstance(value, Integral if kinds[0] == "int" else Real) and not isinstance(value, bool)
+            _require(number and math.isfinite(value), field.name, what, repr(value))
+    _require(config.max_length >= 2, "max_length", "at least 2", config.max_length)
+
+
 def _check_common(config: CIRConfig | BreakingConfig) -> None:
     """What both kinds of configuration have."""
+    _require(config.seed >= 0, "seed", "zero or more", config.seed)
     if config.rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}, got {config.rounding!r}")
     _require(config.retain_length >= 8, "retain_length", "at least 8", config.retain_length)
@@ -25,6 +42,8 @@ def _check_common(config: CIRConfig | BreakingConfig) -> None:
         config.retain_tokens >= config.retain_length, "retain_tokens", "at least retain_length", config.retain_tokens
     )
     _require(config.budget > 0, "budget", "a positive number", config.budget)
+    worst = config.worst_window
+    _require(worst is None or worst > 0, "worst_window", "a positive number", worst)
     recall = config.target_recall
     _require(recall is None or 0 <= recall <= 1, "target_recall", "0 to 1", recall)
     tokens = config.disruption_tokens
@@ -108,17 +127,15 @@ class CIRConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         share = self.layers
         _require(share is None or 0 < share <= 1, "layers", "a share of the depth, above 0 and at most 1", share)
-        for name in ("dose", "max_change", "ridge_activation", "ridge_gradient", "budget", "worst_window"):
-            value = getattr(self, name)
-            _require(value > 0 and math.isfinite(value), name, "a positive number", value)
+        for name in ("dose", "max_change", "ridge_activation", "ridge_gradient"):
+            _require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         for name in ("floor", "relearning_floor"):
-            value = getattr(self, name)
-            _require(value < 0 and math.isfinite(value), name, "log-odds below 0", value)
+            _require(getattr(self, name) < 0, name, "log-odds below 0", getattr(self, name))
         for name in ("contrast_weight", "text_weight", "relearning_steps"):
-            value = getattr(self, name)
-            _require(value >= 0 and math.isfinite(value), name, "zero or more", value)
+            _require(getattr(self, name) >= 0, name, "zero or more", getattr(self, name))
         for name in ("batch_size", "max_steps", "check_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         valid = self.rank >= 1 if isinstance(self.rank, int) else 0 < self.rank <= 1
@@ -220,6 +237,7 @@ class BreakingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
         if self.statistics not in STATISTICS:
@@ -231,9 +249,8 @@ class BreakingConfig:
             valid = rank >= 0 and (isinstance(rank, int) or rank < 1)
             _require(valid, name, "0 or more directions, or a share below 1", rank)
         _require(self.skip_first >= 0, "skip_first", "at least 0", self.skip_first)
-        _require(self.rate > 0 and math.isfinite(self.rate), "rate", "a positive number", self.rate)
-        finite = math.isfinite(self.retain_rate)
-        _require(self.retain_rate >= 0 and finite, "retain_rate", "zero or more", self.retain_rate)
+        _require(self.rate > 0, "rate", "a positive number", self.rate)
+        _require(self.retain_rate >= 0, "retain_rate", "zero or more", self.retain_rate)
         _check_common(self)
         self.layers(2**20)
 
@@ -252,7 +269,11 @@ class BreakingConfig:
         Raises:
             ValueError: if the range is empty or reaches outside the model.
         """
+        if not isinstance(self.loss_layers, tuple | list) or len(self.loss_layers) != 2:
+            raise ValueError(f"loss_layers: expected a first and one past the last, got {self.loss_layers!r}")
         first, stop = self.loss_layers
+        if not all(isinstance(end, int | float) for end in (first, stop)):
+            raise ValueError(f"loss_layers: expected two numbers, got {self.loss_layers!r}")
         if isinstance(first, float) or isinstance(stop, float):
             _require(0 <= first < stop <= 1, "loss_layers", "fractions 0 <= first < stop <= 1", (first, stop))
             first, stop = round(first * depth), math.ceil(stop * depth)
@@ -304,9 +325,9 @@ class EditConfig:
     max_length: int = 128
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("dose", "budget", "worst_window"):
-            value = getattr(self, name)
-            _require(value > 0 and math.isfinite(value), name, "a positive number", value)
+            _require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         for name in ("max_steps", "check_every", "neighbours", "text_tokens", "rank"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("target_recall", "keep", "energy"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from cir.measures import NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,17 @@ class OriginalOutput:
 
 
 def original_output(output: Tensor, mask: Tensor) -> OriginalOutput:
-    """Keep the rows of ``output`` (N, D) where ``mask`` (N,) is True, or whose places ``mask`` (T,) has."""
+    """Keep the rows of ``output`` (N, D) where ``mask`` (N,) is True, or whose places ``mask`` (T,) has.
+
+    Raises:
+        NonFiniteError: on rows that are NaN or infinite. ValueError: on rows that are all zero.
+    """
     rows = _counted(output, mask)
     norm = float(rows.norm(dim=-1, dtype=torch.float64).mean())
+    if not math.isfinite(norm):
+        raise NonFiniteError("expected layers of finite outputs, got NaN or infinity")
+    if not norm:
+        raise ValueError("expected layers whose outputs can be broken, got some that put out zeros alone")
     # Pinned, so that they come back to a GPU while it works.
     return OriginalOutput(rows.cpu().pin_memory() if rows.is_cuda else rows, norm)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(_plain(self), indent=2) + "\n"
+        """Strict JSON: a figure that is NaN or infinite is null."""
+        return json.dumps(_finite(_plain(self)), indent=2, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
@@ -101,6 +103,14 @@ def _plain(value: Any) -> Any:
     for epoch, source in zip(plain["epochs"], value.epochs, strict=True):
         epoch["measure"]["mean_recall"] = source.measure.mean_recall
     return plain
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Clock:

@@ -183,6 +183,7 @@ class Witness:
             "after": asdict(after),
             "versions": library_versions(),
         }
+        check_content({**content, "files_sha256": {}})  # now, and not when it is written beside what was forgotten
         return Certificate(content, self._examiner.reference)
 
 

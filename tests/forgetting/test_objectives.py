@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cir.data.tokens import pad
 from cir.forgetting.objectives import hidden_retain, mlp_breaking, original_output
+from cir.measures import NonFiniteError
 from tests import oracle
 
 BATCH = pad([[1, 2, 3, 4], [1, 2, 3]])
@@ -44,3 +46,11 @@ def test_masks_drop_padding_the_first_tokens_and_the_last():
     assert BATCH.counted(1).tolist() == [F, T, T, T, F, T, T]
     assert BATCH.predicting(1).tolist() == [F, T, T, F, F, T, F]
     assert BATCH.predicting(0).tolist() == [T, T, T, F, T, T, F]
+
+
+def test_outputs_that_cannot_be_broken_are_refused():
+    mask = BATCH.counted(1)
+    with pytest.raises(ValueError, match="got some that put out zeros alone"):
+        original_output(torch.zeros(7, 6), mask)
+    with pytest.raises(NonFiniteError, match="got NaN or infinity"):
+        original_output(torch.full((7, 6), torch.nan), mask)

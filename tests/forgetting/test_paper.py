@@ -206,7 +206,7 @@ def test_bad_input_is_refused_before_anything_changes(model, tokenizer, unchange
     ("values", "expected"),
     [
         ({"mode": "hard"}, "mode: expected one of"),
-        ({"rate": float("nan")}, "rate: expected a positive number, got nan"),
+        ({"rate": float("nan")}, "rate: expected a finite number, got nan"),
         ({"budget": 0.0}, "budget: expected a positive number"),
         ({"loss_layers": (0.5, 0.2)}, "loss_layers: expected fractions"),
         ({"loss_layers": (5, 2)}, "loss_layers: expected a range"),

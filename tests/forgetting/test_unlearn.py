@@ -230,7 +230,7 @@ def test_bad_input_is_refused_before_anything_changes(model, tokenizer, unchange
     ("values", "expected"),
     [
         ({"layers": 0.0}, "layers: expected a share of the depth, above 0 and at most 1, got 0.0"),
-        ({"dose": float("nan")}, "dose: expected a positive number, got nan"),
+        ({"dose": float("nan")}, "dose: expected a finite number, got nan"),
         ({"floor": 1.0}, "floor: expected log-odds below 0, got 1.0"),
         ({"rank": 1.5}, "rank: expected 1 or more directions, or a share above 0"),
         ({"text_weight": -1.0}, "text_weight: expected zero or more"),
