@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 
 import torch
 
+from cir.data.checks import is_number
 from cir.model.sites import Site
 from cir_kernels.rounding import ROUNDINGS
 
@@ -26,9 +26,9 @@ def _check_types(config: CIRConfig | BreakingConfig | EditConfig) -> None:
         if "bool" in kinds:
             _require(isinstance(value, bool), field.name, "True or False", repr(value))
         elif kinds[0] in ("int", "float"):
-            what = "a whole number" if kinds[0] == "int" else "a finite number"
-            number = isinstance(value, Integral if kinds[0] == "int" else Real) and not isinstance(value, bool)
-            _require(number and math.isfinite(value), field.name, what, repr(value))
+            whole = kinds[0] == "int"
+            what = "a whole number" if whole else "a finite number"
+            _require(is_number(value, whole), field.name, what, repr(value))
     _require(config.max_length >= 2, "max_length", "at least 2", config.max_length)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cir.data.checks import check_number
 from cir.data.facts import Fact, load_facts
 from cir.data.sampling import Sample, spread
 from cir.data.tokens import continuation, encode, pad, windows
@@ -128,8 +129,12 @@ def evaluate(
         reference: of the model before it was changed, see :func:`reference_of`.
 
     Raises:
-        ValueError: on malformed facts, or a text shorter than one window.
+        ValueError: on malformed facts, a text shorter than one window, or a number that is none.
+        NonFiniteError: if what the model says is NaN or infinite.
     """
+    check_number("window", window, 2)
+    check_number("max_tokens", 1 if max_tokens is None else max_tokens, 1)
+    check_number("generate", generate, 0)
     facts = load_facts(facts)
     recalls = recall(model, tokenizer, facts)
     greedy = by_fact((name, score.greedy) for name, score in score_probes(model, tokenizer, facts))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from typing import Any
 
 from cir import __version__
@@ -55,6 +57,24 @@ def _rounding(name: str) -> str:
     return name
 
 
+def _number(kind: Callable[[str], Any], what: str, least: float) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= least):
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text[:80]!r}")
+        return value
+
+    return read
+
+
+_count = _number(int, "a whole number of at least 1", 1)
+_whole = _number(int, "a whole number of at least 0", 0)
+_positive = _number(float, "a positive number", 1e-300)
+
+
 def _shared() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(add_help=False)
     found.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
@@ -75,7 +95,7 @@ def _sources() -> argparse.ArgumentParser:
         "hub or its cache (pip install 'cir[data]')",
     )
     found.add_argument("--data-path", metavar="PATH", help="a local copy of that data set: a file or a folder")
-    found.add_argument("--limit", type=int, metavar="N", help="use so many of its facts, evenly spread")
+    found.add_argument("--limit", type=_count, metavar="N", help="use so many of its facts, evenly spread")
     found.add_argument("--neighbours", metavar="FACTS", help="facts near those, which must stay")
     found.add_argument("--same-subject", metavar="FACTS", help="other facts about the same subjects, which must stay")
     found.add_argument("--related", metavar="FACTS", help="further facts of the kind, which an attacker knows")
@@ -124,19 +144,22 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "--budget", type=float, help="highest relative rise of the loss on that text (default: 0.001)"
     )
     command.add_argument(
-        "--disruption-tokens", type=int, metavar="N", help="of that text, measured after each epoch (default: 32768)"
+        "--disruption-tokens",
+        type=_count,
+        metavar="N",
+        help="of that text, measured after each epoch (default: 32768)",
     )
     command.add_argument("--full-check", action="store_true", help="at the end, measure all of that text")
     command.add_argument("--target-recall", type=float, help="stop as soon as mean recall is this low")
     command.add_argument("--contrast", metavar="FACTS", help=f"{CONTRAST_HELP} (default: built-in ones)")
     command.add_argument("--subspaces", metavar="FILE", help="of `cir fit`, in place of --contrast")
     command.add_argument("--floor", type=float, help="log-odds at which an answer is gone (default: -4)")
-    command.add_argument("--max-steps", type=int, help="steps at most (default: 40)")
+    command.add_argument("--max-steps", type=_count, help="steps at most (default: 40)")
     command.add_argument(
         "--worst-window", type=float, help="highest rise of the loss of one window, in nats a token (default: 0.1)"
     )
     command.add_argument("--rate", type=float, help="of the other presets: size of a forget step")
-    command.add_argument("--max-epochs", type=int, help="of the other presets: passes over the facts at most")
+    command.add_argument("--max-epochs", type=_count, help="of the other presets: passes over the facts at most")
     command.add_argument(
         "--preset",
         choices=PRESETS,
@@ -150,7 +173,7 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         help="of updated 16-bit weights: nearest, stochastic or compensated (default: nearest of paper, else "
         "stochastic)",
     )
-    command.add_argument("--seed", type=int, help="of every random choice (default: 0)")
+    command.add_argument("--seed", type=_whole, help="of every random choice (default: 0)")
     command.add_argument(
         "--certify",
         action="store_true",
@@ -161,7 +184,7 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--sign", metavar="KEY", help="sign the certificate with this private Ed25519 key, a PEM file"
     )
-    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a sentence at most (default: 128)")
+    command.add_argument("--max-length", type=_count, metavar="N", help="tokens of a sentence at most (default: 128)")
     command.add_argument("--overwrite", action="store_true", help="replace --out where cir wrote it")
     command.add_argument(
         "--offload",
@@ -200,14 +223,14 @@ def _add_eval(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--model", required=True, help=MODEL_HELP)
     command.add_argument("--text", metavar="TEXT", help="file on which to measure the loss, in nats a token")
-    command.add_argument("--max-tokens", type=int, help="of that text, evenly spread (default: all)")
+    command.add_argument("--max-tokens", type=_count, help="of that text, evenly spread (default: all)")
     command.add_argument(
-        "--generate", type=int, default=0, metavar="N", help="look for the answers in N greedy tokens too"
+        "--generate", type=_whole, default=0, metavar="N", help="look for the answers in N greedy tokens too"
     )
     command.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="also tasks of lm-eval, mmlu say (pip install 'cir[eval]')"
     )
-    command.add_argument("--task-limit", type=int, metavar="N", help="questions of each task at most")
+    command.add_argument("--task-limit", type=_count, metavar="N", help="questions of each task at most")
     command.add_argument(
         "--attacks",
         action="store_true",
@@ -216,7 +239,7 @@ def _add_eval(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--original", metavar="MODEL", help="the model before it forgot, for the attack that undoes small changes"
     )
-    command.add_argument("--seed", type=int, default=0, help="of the attacks' draws (default: %(default)s)")
+    command.add_argument("--seed", type=_whole, default=0, help="of the attacks' draws (default: %(default)s)")
     command.add_argument("--json", metavar="OUT", default="-", help="where to write (default: standard output)")
 
 
@@ -232,11 +255,11 @@ def _add_attack(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument("--relearn", metavar="FACTS", required=True, help="facts to train on: " + FACTS_HELP)
     command.add_argument("--probe", metavar="FACTS", required=True, help="facts to measure; they need probes")
     command.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="(default: %(default)s)")
-    command.add_argument("--lr", type=float, default=1e-5, help="learning rate (default: %(default)s)")
+    command.add_argument("--lr", type=_positive, default=1e-5, help="learning rate (default: %(default)s)")
     command.add_argument(
-        "--lora-rank", type=int, default=0, metavar="R", help="train adapters of this rank; 0 for the weights"
+        "--lora-rank", type=_whole, default=0, metavar="R", help="train adapters of this rank; 0 for the weights"
     )
-    command.add_argument("--epochs", type=int, default=6, help="passes over the facts (default: %(default)s)")
+    command.add_argument("--epochs", type=_count, default=6, help="passes over the facts (default: %(default)s)")
     command.add_argument("--json", metavar="OUT", default="-", help="where to write (default: standard output)")
 
 
@@ -249,7 +272,7 @@ def _add_profile(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--model", required=True, help=MODEL_HELP)
     command.add_argument("--preset", choices=PRESETS, default="default", help="as for `cir unlearn`")
-    command.add_argument("--epochs", type=int, default=1, help="(default: %(default)s)")
+    command.add_argument("--epochs", type=_count, default=1, help="(default: %(default)s)")
     command.add_argument("--out", default="cir-profile", help="folder for what is found (default: %(default)s)")
 
 
@@ -261,9 +284,11 @@ def _add_plan(commands: Any) -> None:
     )
     command.add_argument("--model", required=True, help="a folder, a config.json or a hub id")
     command.add_argument("--gpu", required=True, choices=GPUS, help="which it is to run on")
-    command.add_argument("--facts", type=int, required=True, metavar="N", help="how many")
-    command.add_argument("--sentences", type=int, default=3, metavar="N", help="of each (default: %(default)s)")
-    command.add_argument("--tokens", type=int, default=20, metavar="N", help="of a sentence (default: %(default)s)")
+    command.add_argument("--facts", type=_count, required=True, metavar="N", help="how many")
+    command.add_argument("--sentences", type=_count, default=3, metavar="N", help="of each (default: %(default)s)")
+    command.add_argument(
+        "--tokens", type=_count, default=20, metavar="N", help="of a sentence (default: %(default)s)"
+    )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.add_argument("--plot", metavar="PNG", help="draw the seconds of each phase")
     command.set_defaults(quiet=True)

@@ -181,9 +181,8 @@ def _clear(out: Path) -> None:
     for left in [path for path in out.parent.iterdir() if name.fullmatch(path.name) and not path.is_symlink()]:
         try:
             mark = (left / MARK).open("r+", encoding="utf-8")
-        except FileNotFoundError:
-            if not any(left.iterdir()):
-                left.rmdir()
+        except FileNotFoundError:  # killed before it was marked, or while it was removed
+            shutil.rmtree(left, ignore_errors=True)
             continue
         with mark:
             if not _locks(mark.fileno(), wait=False):
@@ -191,7 +190,7 @@ def _clear(out: Path) -> None:
             if _state(left) == FINISHED:
                 logger.warning("what an earlier run had finished is now at %s", _put(left, out, overwrite=False))
             else:
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _locks(descriptor: int, wait: bool) -> bool | None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cir.config import CIRConfig, rank_at
 from cir.data.facts import Fact, load_facts
+from cir.data.files import strict_json
 from cir.data.tokens import Batch, windows
 from cir.data.writing import write_file
 from cir.forgetting.batches import chosen
@@ -106,21 +107,27 @@ class Subspaces(SiteSubspaces):
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: if the file holds no subspaces of this format.
+            ValueError: if the file holds no subspaces of this format, or some that are not finite.
         """
-        with safe_open(path, "pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path}: expected a file of format {FORMAT}, got {metadata.get('format')}; fit it with `cir fit`"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        subspaces = {}
-        for key, basis in tensors.items():
-            name, _, part = key.rpartition(".")
-            if part == "basis":
-                subspaces[name] = Subspace(basis, tensors.get(f"{name}.mixer"), tensors[f"{name}.variance"])
-        return cls(subspaces, metadata["mode"], json.loads(metadata.get("fitted_on", "{}")))
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{path}: expected a file of format {FORMAT}, got {metadata.get('format')!r:.80}; fit it "
+                        "with `cir fit`"
+                    )
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            subspaces = {}
+            for key, basis in tensors.items():
+                name, _, part = key.rpartition(".")
+                if not basis.isfinite().all():
+                    raise ValueError(f"{path}, {name!r:.80}: expected finite directions, got NaN or infinity")
+                if part == "basis":
+                    subspaces[name] = Subspace(basis, tensors.get(f"{name}.mixer"), tensors[f"{name}.variance"])
+            return cls(subspaces, metadata["mode"], strict_json(str(path), metadata.get("fitted_on", "{}")))
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path}: expected subspaces, got {type(error).__name__}: {error!s:.200}") from error
 
 
 def fitted(

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from cir.config import BreakingConfig, CIRConfig
+from cir.data.checks import check_number
 from cir.data.facts import Fact, load_facts
 from cir.data.tokens import statements
 from cir.forgetting.batches import fact_batches
@@ -111,6 +112,7 @@ def profile(
     Raises:
         ValueError, NonFiniteError: as :func:`cir.unlearn`.
     """
+    check_number("epochs", epochs, 1)
     config, facts, model = config or CIRConfig(), load_facts(facts), unwrapped(model)
     stack = find_stack(model)
     if isinstance(config, BreakingConfig):

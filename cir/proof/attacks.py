@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cir.data.checks import check_number
 from cir.data.facts import Fact, Probe, check_apart, load_facts
 from cir.data.tokens import continuation, pad
 from cir.measures import Estimate, estimate, extracted, recall
@@ -57,6 +58,8 @@ def attack(
     Raises:
         ValueError: if no fact has probes or choices, or one is among ``related`` too.
     """
+    check_number("samples", samples, 1)
+    check_number("seed", seed, 0)
     facts, related = load_facts(facts), load_facts(related) if related else []
     if not any(fact.probes or fact.choices for fact in facts):
         raise ValueError("facts: expected some with probes or choices, got none: nothing could be asked")

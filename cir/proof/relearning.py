@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from cir.data.checks import check_number
 from cir.data.facts import load_facts
 from cir.data.tokens import Batch, sentence_batches
 from cir.forgetting.update import NonFiniteError, restore, snapshot
@@ -80,6 +81,9 @@ def relearn(
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("lora_rank", lora_rank, 0)):
+        check_number(name, value, least)
+    check_number("lr", lr, 0.0, whole=False)
     model, facts, probe = unwrapped(model), load_facts(facts), load_facts(probe)
     if not any(fact.probes or fact.choices for fact in probe):
         raise ValueError("probe: expected facts with probes or choices, got none")

@@ -53,3 +53,19 @@ def test_whatever_fails_is_one_line(monkeypatch, capsys, error, said, status):
     with pytest.raises(type(error)) if status == 1 else pytest.MonkeyPatch.context():
         cli.main(["doctor", "--debug"])
     assert not logging.getLogger("cir").handlers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["attack", "--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got '0'"),
+        (["attack", "--epochs", "1.5"], "argument --epochs: expected a whole number of at least 1, got '1.5'"),
+        (["attack", "--lr", "nan"], "argument --lr: expected a positive number, got 'nan'"),
+        (["eval", "--generate", "-1"], "argument --generate: expected a whole number of at least 0, got '-1'"),
+    ],
+)
+def test_numbers_that_are_none_are_told_at_once(capsys, arguments, said):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err

@@ -105,13 +105,20 @@ if {where!r} == "put":
     writing._put = lambda *_: os._exit(9)
 if {where!r} == "exchanged":
     writing.shutil.rmtree = lambda *_, **__: os._exit(9)
+if {where!r} == "removing":
+    writing.shutil.rmtree = lambda path, **_: ((path / ".cir").unlink(), os._exit(9))
 writing.write_folder(Path({out!r}), fill, overwrite=True)
 """
 
 
 @pytest.mark.parametrize(
     ("where", "left"),
-    [("fill", {"out": "old"}), ("put", {"out": "old", "out-1": "whole"}), ("exchanged", {"out": "whole"})],
+    [
+        ("fill", {"out": "old"}),
+        ("put", {"out": "old", "out-1": "whole"}),
+        ("exchanged", {"out": "whole"}),
+        ("removing", {"out": "whole"}),
+    ],
 )
 def test_what_a_killed_process_leaves_is_cleared_by_the_next(tmp_path, caplog, where, left):
     out = write_folder(tmp_path / "out", fill("old"))
