@@ -12,7 +12,7 @@ MOST = 600
 """Characters of an error."""
 
 
-def shown(text: object, lines: bool = True) -> str:
+def escaped(text: object, lines: bool = True) -> str:
     """``text`` with what a terminal would act on, or that changes the order of letters, escaped; newlines stay
     where ``lines``.
     """
@@ -23,13 +23,13 @@ def shown(text: object, lines: bool = True) -> str:
 
 def say(text: object = "") -> None:
     """A line, or several, of standard output."""
-    print(shown(text))
+    print(escaped(text))
 
 
 def complain(what: object) -> None:
     """One line of standard error, whatever ``what`` has."""
     line = " ".join(str(what).split())
-    print("cir:", shown(line if len(line) <= MOST else f"{line[:MOST]} ...", lines=False), file=sys.stderr)
+    print("cir:", escaped(line if len(line) <= MOST else f"{line[:MOST]} ...", lines=False), file=sys.stderr)
 
 
 def write_json(path: str, value: object) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cir.data.facts import Fact, leaking, split_facts
+from cir.data.facts import MOST_FACTS, Fact, check_fact, check_limit, evenly, leaking, split_facts
+from cir.data.files import brief, shown
 from cir.data.reading import TEXTS, Rows, from_hub, from_path
 from cir.data.sources.counterfact import COUNTERFACT
 from cir.data.sources.mmlu import MMLU
@@ -57,7 +57,8 @@ class DataSet:
     def split(self, share: float = 0.8, seed: int = 0) -> tuple[list[Fact], list[Fact]]:
         """About ``share`` of the facts to relearn (T), and the others to probe (V).
 
-        Facts that share a sentence stay together, so that nothing probed is relearned.
+        Facts that share a sentence, or a question with its answer, stay together, and the rows of one subject and
+        answer are one fact, so that nothing probed is relearned.
 
         Raises:
             ValueError: if either would be empty.
@@ -72,7 +73,7 @@ class DataSet:
 
 
 def load_data(name: str, path: str | Path | None = None, *, limit: int | None = None, seed: int = 0) -> DataSet:
-    """Read one of :data:`SOURCES`.
+    """Read one of :data:`SOURCES`, whose name may be in capitals too.
 
     Args:
         path: a local file or folder, laid out as :mod:`cir.data.reading` says; None for the hub or its cache, which
@@ -81,22 +82,48 @@ def load_data(name: str, path: str | Path | None = None, *, limit: int | None = 
             text that is cut into ``retain`` (two thirds) and ``disruption``, so many documents, its first.
 
     Raises:
-        ValueError: on an unknown name; a malformed row, which the message names; a text of fewer than three
-            documents where it is to be cut; or if the package ``datasets`` is needed and not installed.
+        ValueError: on an unknown name; a malformed row, which the message names; more than a million facts, or one
+            beyond the bounds of :func:`cir.load_facts`; a text of fewer than three documents where it is to be cut;
+            or if the package ``datasets`` is needed and not installed.
         FileNotFoundError: if ``path`` does not exist or lacks a part, or there is neither a connection nor a copy
             in the cache.
     """
-    if name not in SOURCES:
-        raise ValueError(f"expected a data set out of {', '.join(SOURCES)}, got {name!r}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"expected a limit of at least 1, got {limit}")
+    name = known_name(name)
+    check_limit(limit)
     source = SOURCES[name]
     parts = from_hub(name, source, limit) if path is None else from_path(Path(path), source)
     facts, neighbours = _facts(name, source, parts, limit, seed)
-    texts: dict[str, list[str]] = {part: _documents(parts[part]) for part in ("text", *TEXTS) if part in parts}
-    if "text" in texts:
-        texts = _cut(name, texts["text"][:limit])
-    return DataSet(name, facts, neighbours, **{part: "\n\n".join(texts[part]) for part in texts})
+    return DataSet(name, facts, neighbours, **_texts(name, parts, limit))
+
+
+def load_text(name: str, part: str, instead: str) -> str | None:
+    """The text ``retain`` or ``disruption`` of a data set, from the hub or its cache, where nothing else is read.
+
+    Args:
+        instead: what to do where it cannot be had, for the message.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`load_data`.
+    """
+    name = known_name(name)
+    parts = from_hub(name, SOURCES[name], None, (part, "text"), instead)
+    return _texts(name, parts, None).get(part)
+
+
+def known_name(name: str) -> str:
+    """The name of a data set as :data:`SOURCES` has it.
+
+    Raises:
+        ValueError: if there is no such data set.
+    """
+    if not isinstance(name, str) or name.lower() not in SOURCES:
+        raise ValueError(f"expected a data set out of {', '.join(SOURCES)}, got {shown(name)}")
+    return name.lower()
+
+
+def has_text(name: str) -> bool:
+    """Whether the data set has text to be retained."""
+    return not {"retain", "text"}.isdisjoint(SOURCES[name].parts)
 
 
 def _facts(
@@ -106,16 +133,16 @@ def _facts(
     if source.fact is None:
         return (), ()
     beside = parts["facts"] if source.neighbour else parts.get("neighbours", [])
-    facts = _spread(_converted(parts["facts"], name, source, source.fact), limit, seed)
+    facts = evenly(_converted(parts["facts"], name, source, source.fact), limit, seed)
     # Where each row holds a fact and its neighbours, the same places are taken of both.
-    near = _spread(_converted(beside, f"{name}-neighbour", source, source.neighbour or source.fact), limit, seed)
+    near = evenly(_converted(beside, f"{name}-neighbour", source, source.neighbour or source.fact), limit, seed)
     neighbours = _apart(near, facts)
     if changed := set(near).difference(neighbours):
         logger.warning("data set %r: %d neighbours were, in whole or part, to be forgotten", name, len(changed))
     if told := leaking((*facts, *neighbours)):
-        some = ", ".join(told[:3])
+        some = ", ".join(map(brief, told[:3]))
         logger.warning("data set %r: the prompts of %d facts hold their answer: %s", name, len(told), some)
-    return facts, neighbours
+    return tuple(facts), neighbours
 
 
 def _apart(near: Iterable[Fact], facts: Sequence[Fact]) -> tuple[Fact, ...]:
@@ -133,31 +160,38 @@ def _apart(near: Iterable[Fact], facts: Sequence[Fact]) -> tuple[Fact, ...]:
 
 
 def _converted(rows: Rows, prefix: str, source: Source, convert: Callable[[Row], Fact]) -> list[Fact]:
-    """The rows as facts, those of one id as one."""
-    facts: dict[str, Fact] = {}
+    """The rows as facts: those that tell the same are one, with the id that the first of them gives."""
+    told: dict[tuple[str, ...], list[Fact]] = {}
     for number, (where, values) in enumerate(rows, 1):
         if not isinstance(values, Mapping):
-            raise ValueError(f"{where}: expected an object with {source.columns}, got {values!r:.80}")
-        fact = convert(Row(where, str(number), values))
-        first = facts.get(fact.id, fact)
-        facts[fact.id] = replace(
-            fact,
-            sentences=tuple(dict.fromkeys(first.sentences + fact.sentences)),
-            probes=tuple(dict.fromkeys(first.probes + fact.probes)),
-        )
-    return [replace(fact, id=f"{prefix}-{fact.id}") for fact in facts.values()]
+            raise ValueError(f"{where}: expected an object with {source.columns}, got {shown(values)}")
+        row = Row(where, str(number), values)
+        fact = convert(row)
+        fact = replace(fact, id=f"{prefix}-{fact.id}")
+        check_fact(where, fact)
+        told.setdefault(source.same(row) if source.same else (row.id,), []).append(fact)
+        if len(told) > MOST_FACTS:
+            raise ValueError(f"{where}: expected at most {MOST_FACTS:,} facts, got more; give a part of them")
+    return [_joined(facts) for facts in told.values()]
 
 
-def _spread(facts: Sequence[Fact], limit: int | None, seed: int) -> tuple[Fact, ...]:
-    """At most ``limit`` facts: data sets are ordered by subject, of which each gets its share."""
-    if limit is None or limit >= len(facts):
-        return tuple(facts)
-    start = random.Random(seed).random()
-    return tuple(facts[int((i + start) * len(facts) / limit)] for i in range(limit))
+def _joined(facts: Sequence[Fact]) -> Fact:
+    """One fact that is told, and asked for, in all the ways of ``facts``."""
+    probes = dict.fromkeys(probe for fact in facts for probe in fact.probes)
+    paraphrases = dict.fromkeys(probe for fact in facts for probe in fact.paraphrases if probe not in probes)
+    sentences = dict.fromkeys(sentence for fact in facts for sentence in fact.sentences)
+    return replace(facts[0], sentences=tuple(sentences), probes=tuple(probes), paraphrases=tuple(paraphrases))
 
 
 def _sentences(facts: Iterable[Fact]) -> set[str]:
     return {sentence for fact in facts for sentence in fact.sentences}
+
+
+def _texts(name: str, parts: Mapping[str, Rows], limit: int | None) -> dict[str, str]:
+    texts: dict[str, list[str]] = {part: _documents(parts[part]) for part in ("text", *TEXTS) if part in parts}
+    if "text" in texts:
+        texts = _cut(name, texts["text"][:limit])
+    return {part: "\n\n".join(documents) for part, documents in texts.items()}
 
 
 def _documents(rows: Rows) -> list[str]:
@@ -165,7 +199,7 @@ def _documents(rows: Rows) -> list[str]:
     for where, value in rows:
         text = value.get("text") if isinstance(value, Mapping) else value
         if not isinstance(text, str):
-            raise ValueError(f"{where}: expected 'text', a string, got {value!r:.80}")
+            raise ValueError(f"{where}: expected 'text', a string, got {shown(value)}")
         documents.append(text.strip())
     return [document for document in documents if document]
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cir.data.facts import Fact, answer_pattern
+
+PIECE = 2**16
+"""Characters that a tokenizer is given at once, of a long text."""
+TRIES = 16
+"""Spaces that are tried, to part a piece from the next."""
+AROUND = 512
+"""Characters before and after a space that must have the same tokens whether it parts them or not."""
+_SPACE = re.compile(r"(?<=\w) (?=\w)|(?<=\S)\n(?=\S)")
 
 PACKED_WIDTH = 64
 """Tokens to which short sentences are packed: attention costs by the square of it, padding by its inverse."""
@@ -153,8 +162,10 @@ def sentence_rows(tokenizer: Any, fact: Fact, max_length: int, skip_first: int) 
     for row, sentence in zip(rows, fact.sentences, strict=True):
         if not skip_first + 2 <= len(row) <= max_length:
             raise ValueError(
-                f"fact {fact.id!r}: expected sentences of {skip_first + 2} to {max_length} tokens, got "
+                f"fact {fact.id!r:.80}: expected sentences of {skip_first + 2} to {max_length} tokens, got "
                 f"{len(row)}: {sentence[:60]!r}"
+                + "; allow more with max_length (--max-length)"
+                * (len(row) > max_length)
             )
     return rows
 
@@ -215,11 +226,42 @@ def windows(tokenizer: Any, text: str, length: int) -> Tensor:
     Raises:
         ValueError: if the text is shorter than one window.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.cat([torch.tensor(_plain(tokenizer, piece), dtype=torch.long) for piece in _pieces(tokenizer, text)])
     first = opening(tokenizer)
     body = length - len(first)
     count = len(ids) // body
     if count == 0:
         raise ValueError(f"expected a text of at least {body} tokens, got {len(ids)}")
-    rows = torch.tensor(ids[: count * body]).view(count, body)
+    rows = ids[: count * body].view(count, body)
     return torch.cat([torch.tensor(first, dtype=torch.long).expand(count, -1), rows], dim=1)
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _pieces(tokenizer: Any, text: str) -> Iterator[str]:
+    """``text`` in pieces, whose tokens one after the other are those of the whole.
+
+    A tokenizer needs a hundred times the memory of its text, and gives it back after each. Where no place is found to
+    cut, a piece is longer, up to the whole.
+    """
+    start = 0
+    while len(text) - start > 2 * PIECE:
+        cuts = (_cut(tokenizer, text, space.start()) for space in islice(_SPACE.finditer(text, start + PIECE), TRIES))
+        end, after = next(filter(None, cuts), (len(text), len(text)))
+        yield text[start:end]
+        start = after
+    yield text[start:]
+
+
+def _cut(tokenizer: Any, text: str, at: int) -> tuple[int, int] | None:
+    """Where a piece may end and the next begin: before the space ``at``, after it, or without it where a tokenizer
+    sets one itself.
+    """
+    start, stop = max(at - AROUND, 0), at + AROUND
+    whole = _plain(tokenizer, text[start:stop])
+    for end, after in ((at, at), (at, at + 1), (at + 1, at + 1)):
+        if whole == _plain(tokenizer, text[start:end]) + _plain(tokenizer, text[after:stop]):
+            return end, after
+    return None

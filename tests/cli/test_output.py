@@ -7,15 +7,15 @@ import pytest
 
 from cir import cli
 from cir.cli import commands
-from cir.cli.output import complain, say, shown, write_json
+from cir.cli.output import complain, escaped, say, write_json
 
 STRANGE = "a\x1b[31mred\x07\u202eb\x9b\ud800\nc"
 SAFE = "a\\x1b[31mred\\x07\\u202eb\\x9b\\ud800"
 
 
 def test_nothing_that_a_terminal_acts_on_is_shown(capsys):
-    assert shown(STRANGE) == f"{SAFE}\nc"
-    assert shown(STRANGE, lines=False) == f"{SAFE}\\nc"
+    assert escaped(STRANGE) == f"{SAFE}\nc"
+    assert escaped(STRANGE, lines=False) == f"{SAFE}\\nc"
     say(STRANGE)
     complain(f"{STRANGE}\n   and {'x' * 999}")
     out, err = capsys.readouterr()

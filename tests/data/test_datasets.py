@@ -179,6 +179,13 @@ def test_texts_have_a_part_that_measures_harm():
     assert load_data("wikitext", DATA / "muse" / "retain.txt").disruption == "A heron watches from the town hall."
 
 
+def test_names_of_data_sets_may_be_in_capitals():
+    assert load_data("TOFU", DATA / "tofu") == sample("tofu")
+    for bad in (None, 3, "tofu "):
+        with pytest.raises(ValueError, match=r"expected a data set out of wmdp-bio, .*, got "):
+            load_data(bad)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_and_targets_meet_at_a_space(name):
     data = sample(name)
@@ -263,6 +270,9 @@ def test_unknown_names_are_told_the_known():
         ("tofu", "a.jsonl", "[1]", r"line 1: expected an object with question, answer, .*, got \[1\]"),
         ("tofu", "a.jsonl", "{", r"a\.jsonl, line 1: expected JSON, got"),
         ("tofu", "a.json", "[{]", r"a\.json: expected JSON, got"),
+        ("tofu", "a.json", '[\n{"question":\nNaN}]', r"a\.json: expected JSON, got NaN, .* in line 3"),
+        ("tofu", "a.jsonl", '{"a\\u0007b": 1}', r"line 1: expected 'question', .*, got the columns a\?b$"),
+        ("mmlu", "a.jsonl", '{"question": "Q?", "choices": ["x", "y"], "answer": true}', r"'answer', .*, got True"),
         ("tofu", "a.txt", "A sentence.", r"paragraph 1: expected an object with question.*got 'A sentence.'"),
         ("tofu", "a.md", "x", r"expected a file that ends in \.jsonl, .*a\.md"),
         ("tofu", "a.jsonl", "\n", r"a\.jsonl: expected at least one row, got none"),
@@ -304,4 +314,5 @@ def test_names_the_row_of_what_is_malformed(tmp_path, name, file, content, expec
 def test_every_source_is_documented_and_sampled():
     assert set(SAMPLES) == set(NAMES)
     for source in SOURCES.values():
+        assert (source.fact is None) == (source.same is None)
         assert all((source.hub, source.parts, source.holds, source.columns, "arXiv" in source.cite))

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cir import Fact, Probe, load_facts
-from cir.data.facts import check_contrast, probed
+from cir.data.facts import check_contrast, evenly, probed
 from cir.data.tokens import pad, sentence_batches, statements, windows
 
 
@@ -40,7 +42,7 @@ def test_reads_the_three_forms(tmp_path):
     ("lines", "expected"),
     [
         ([], "at least one fact, got none in .*facts.jsonl"),
-        (["{not json"], "line 1: expected one JSON object a line"),
+        (["{not json"], "line 1: expected JSON, got '{not json': Expecting property name"),
         ([{"sentences": ["ok"]}, {"sentences": []}], r"line 2: expected 'sentences'.*got \[\]"),
         ([{"sentences": "one string"}], "line 1: expected 'sentences', a list"),
         ([{"sentences": ["ok", "  "]}], "line 1: expected sentences that are not empty, got '  '"),
@@ -48,7 +50,43 @@ def test_reads_the_three_forms(tmp_path):
         ([{"sentences": ["ok"], "probes": [{"prompt": "p", "target": ""}]}], "line 1: expected a probe"),
         ([{"sentences": ["ok"], "choices": ["x"], "answer": 3}], "line 1: expected 'answer' to index one of 1"),
         ([{"id": "a", "sentences": ["ok"]}, {"id": "a", "sentences": ["ok"]}], "line 2: expected an id of its own"),
-        (["17"], "line 1: expected an object or a sentence, got int"),
+        (["17"], "line 1: expected an object or a sentence, got 17"),
+        ([{"sentences": {"a": "b"}}], "line 1: expected 'sentences', a list of at least one string, got {'a': 'b'}"),
+        (
+            [{"sentences": ["ok"], "probes": {"prompt": "p"}}],
+            "line 1: expected 'probes', a list of objects, got {'prom",
+        ),
+        ([{"sentences": ["ok"], "probes": 0}], "line 1: expected 'probes', a list of objects, got 0"),
+        ([{"sentences": ["ok"], "paraphrases": "p"}], "line 1: expected 'paraphrases', a list of objects, got 'p'"),
+        ([{"sentences": ["ok"], "question": ["q"]}], r"line 1: expected 'question', a string .*, got \['q'\]"),
+        (
+            [{"sentences": ["ok"], "question": " "}],
+            "line 1: expected 'question', a string that is not empty, got ' '",
+        ),
+        ([{"sentences": ["ok"], "choices": ["x", "y"], "answer": True}], "line 1: expected 'answer' to .*, got True"),
+        ([{"sentences": ["ok"], "id": [1]}], r"line 1: expected 'id', .* or a number, got \[1\]"),
+        ([{"sentences": ["ok"], "id": {"a": 1}}], "line 1: expected 'id', .* or a number, got {'a': 1}"),
+        ([{"sentences": ["ok"], "id": True}], "line 1: expected 'id', .* or a number, got True"),
+        ([{"sentences": ["ok"], "id": ""}], "line 1: expected 'id', a string that is not empty or a number, got ''"),
+        (['{"sentences": ["ok"], "id": NaN}'], "line 1: expected JSON, got NaN, which is no number of JSON"),
+        (['{"sentences": ["a"], "sentences": ["b"]}'], "line 1: expected JSON, got an object with 'sentences' twice"),
+        ([r'{"sentences": ["it\u0000"]}'], "line 1: expected text, got NUL after 'it'"),
+        ([r'{"sentences": ["it \ud83d"]}'], r"line 1: expected JSON, got half of a surrogate pair in 'it .ud83d'"),
+        ([r'{"sentences": ["ok"], "id": "a\u0000"}'], "line 1, 'id': expected text, got NUL after 'a'"),
+        (
+            [r'{"sentences": ["ok"], "probes": [{"prompt": "p", "target": "\u0000t"}]}'],
+            "line 1: expected text, got NUL after ''",
+        ),
+        (
+            [{"sentences": ["ok"]}, {"sentences": ["x" * 100_001]}],
+            "line 2: expected at most 100,000 characters, got 100,001",
+        ),
+        (
+            [{"sentences": ["ok"], "id": "x" * 1001}],
+            "line 1, 'id': expected at most 1,000 characters, got 1,001: 'xxx",
+        ),
+        ([{"sentences": ["ok"] * 2**18}], "line 1: expected at most 1,048,576 characters a line, got more"),
+        ([{"sentences": ["ok"], "other": 10**1200}], "line 1: expected JSON, got an integer of 1,201 digits"),
     ],
 )
 def test_names_the_line_of_a_bad_fact(tmp_path, lines, expected):
@@ -63,7 +101,9 @@ def test_a_missing_file_is_named():
 
 def test_sentences_that_do_not_fit_are_refused(tokenizer):
     facts = load_facts([{"id": "long", "sentences": ["gamma " * 20]}, {"id": "short", "sentences": ["gamma"]}])
-    with pytest.raises(ValueError, match="fact 'long': expected sentences of 3 to 16 tokens, got 21"):
+    with pytest.raises(
+        ValueError, match=r"fact 'long': expected sentences of 3 to 16 tokens, got 21: .*; allow more with max_length"
+    ):
         sentence_batches(tokenizer, facts[:1], batch_size=2, max_length=16, skip_first=1)
     with pytest.raises(ValueError, match="fact 'short': expected sentences of 3 to 16 tokens, got 2"):
         sentence_batches(tokenizer, facts[1:], batch_size=2, max_length=16, skip_first=1)
@@ -157,13 +197,70 @@ def test_json_is_not_taken_for_sentences_and_other_text_not_for_utf8(tmp_path):
         load_facts(path)
     path.write_text("{not JSON} is a sentence\n", encoding="utf-8")
     assert load_facts(path)[0].sentences == ("{not JSON} is a sentence",)
+    for line in ("[", "{", '[{"sentences": ["s"]}]'):
+        path.write_text(f"{line}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"facts.txt, line 1: expected a sentence, got JSON; name the file"):
+            load_facts(path)
     path.write_bytes(b"first\ncaf\xe9\n")
-    with pytest.raises(ValueError, match=r"facts.txt, after line \d: expected text in UTF-8, got 'utf-8' codec"):
+    with pytest.raises(
+        ValueError, match=r"facts.txt, line 2: expected text in UTF-8, got the byte 0xe9, .*'caf'; save"
+    ):
         load_facts(path)
-    zipped = tmp_path / "facts.jsonl.gz"
-    zipped.write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match=r"facts.jsonl.gz, after line 0: expected text in UTF-8, got Not a gzipped"):
-        load_facts(zipped)
+    table = write(tmp_path / "facts.csv", "question,answer", "Is it?,yes")
+    with pytest.raises(ValueError, match=r"facts.csv: expected JSON .*, or a sentence a line, got a table"):
+        load_facts(table)
+
+
+def test_an_id_may_be_a_number_or_left_out():
+    given = [{"id": given, "sentences": ["s"]} for given in (None, 7, -1.5, "a", "nan", 10**900, None)]
+    assert [fact.id for fact in load_facts(given)] == ["fact-1", "7", "-1.5", "a", "nan", str(10**900), "fact-7"]
+    for bad in (float("nan"), float("inf"), 10**5000, True, b"a", " ", object()):
+        with pytest.raises(ValueError, match="fact 1: expected 'id', a string that is not empty or a number, got "):
+            load_facts([{"id": bad, "sentences": ["s"]}])
+
+
+def test_facts_in_memory_are_checked_as_others_are():
+    ask = Probe("It is", " so")
+    fact = Fact("a", ("It is so.",), (ask,), "Is it?", ("no", "yes"), 1, (ask,))
+    assert load_facts([fact])[0] is fact
+    assert load_facts(iter([fact, "s"]))[1].id == "fact-2"
+    for change, message in (
+        ({"id": ""}, "expected 'id', a string"),
+        ({"sentences": ()}, "expected 'sentences', a list"),
+        ({"sentences": (" ",)}, "expected sentences that are not empty, got ' '"),
+        ({"sentences": ("\0",)}, "expected text, got NUL"),
+        ({"sentences": ("a \ud800",)}, "expected text, got half of a surrogate pair after 'a '"),
+        ({"probes": (Probe("It is", ""),)}, "expected a probe with 'prompt' and 'target' strings, got Probe"),
+        ({"paraphrases": (Probe("It is", " x" * 50_001),)}, "expected at most 100,000 characters, got 100,002"),
+        ({"answer": 2}, "expected 'answer' to index one of 2 choices, got 2"),
+    ):
+        with pytest.raises(ValueError, match=f"fact 2: {message}"):
+            load_facts(["s", replace(fact, **change)])
+
+
+@pytest.mark.parametrize("source", [None, 3, {"sentences": ["It is so."]}, b"It is so.", Fact("a", ("s",))])
+def test_what_is_no_list_of_facts_is_refused(source):
+    with pytest.raises(ValueError, match="expected a file or a list of facts, got "):
+        load_facts(source)
+
+
+def test_there_are_a_million_facts_at_most(monkeypatch):
+    monkeypatch.setattr("cir.data.facts.MOST_FACTS", 3)
+    assert len(load_facts(["a", "b", "c"])) == 3
+    with pytest.raises(ValueError, match="fact 4: expected at most 3 facts, got more"):
+        load_facts("abcde"[i % 5] for i in itertools.count())
+
+
+def test_a_limit_spreads_facts_evenly():
+    facts = load_facts([f"Sentence {i}." for i in range(10)])
+    picked = [facts.index(fact) for fact in evenly(facts, 5)]
+    assert [later - earlier for earlier, later in itertools.pairwise(picked)] == [2] * 4
+    assert evenly(facts, 5) == evenly(facts, 5)
+    assert {facts.index(evenly(facts, 1, seed)[0]) for seed in range(60)} == set(range(10))
+    assert evenly(facts, None) == evenly(facts, 99) == facts
+    for bad in (0, -1, True, 1.5, "3"):
+        with pytest.raises(ValueError, match="expected a limit of at least 1, got "):
+            evenly(facts, bad)
 
 
 @pytest.mark.parametrize("choices", [{"text": ["a", "b"], "label": ["A", "B"]}, "ab", [1, 2]])

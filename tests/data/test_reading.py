@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from cir.data.datasets import SOURCES, load_data
+from cir.data.datasets import SOURCES, has_text, load_data, load_text
 from tests.data.test_datasets import DATA, sample
 
 
@@ -21,6 +24,31 @@ def test_a_missing_copy_is_named(tmp_path):
         load_data("tofu", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected a file retain\.\* out of"):
         load_data("wikitext", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.NDJSON", "a.jsonlines", "a.json", "A.JSON.GZ", "a.jsonl.gz"])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_a_copy_is_known_by_any_of_its_names_and_read_without_a_mark(tmp_path, name, mark):
+    content = mark + (DATA / "tofu" / "facts.jsonl").read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    assert load_data("tofu", tmp_path / name).facts == sample("tofu").facts
+
+
+def test_a_list_and_a_text_are_known_by_their_names_too(tmp_path):
+    content = codecs.BOM_UTF8 + (DATA / "zsre.json").read_bytes()
+    (tmp_path / "a.JSON.gz").write_bytes(gzip.compress(content))
+    assert load_data("zsre", tmp_path / "a.JSON.gz") == sample("zsre")
+    folder = tmp_path / "muse"
+    folder.mkdir()
+    for file, name in (
+        ("facts.json", "FACTS-1.JSON"),
+        ("retain.txt", "retain.TXT.gz"),
+        ("neighbours.jsonl", "Neighbours.ndjson"),
+    ):
+        content = (DATA / "muse" / file).read_bytes()
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    data = sample("muse-news")
+    assert load_data("muse-news", folder) == replace(data, disruption=None)
 
 
 @pytest.fixture
@@ -74,6 +102,26 @@ def test_tables_are_read_by_the_package(hub, tmp_path):
     assert hub.calls == [("parquet", None, "train", False, str(tmp_path / "mmlu.parquet"))]
 
 
+def test_a_table_that_is_none_is_named(hub, tmp_path):
+    (tmp_path / "mmlu.PARQUET").write_text("nothing")
+    with pytest.raises(ValueError, match=r"mmlu.PARQUET: expected parquet, got KeyError: \(None, 'train'\)"):
+        load_data("mmlu", tmp_path / "mmlu.PARQUET")
+    (tmp_path / "a.parquet.gz").touch()
+    with pytest.raises(ValueError, match=r"expected a file that ends in .jsonl, .*, got .*a.parquet.gz"):
+        load_data("mmlu", tmp_path / "a.parquet.gz")
+
+
+def test_a_text_alone_is_read_without_the_rest(hub):
+    hub.rows["raw", "retain1"] = [{"text": "One."}, {"text": "Two."}]
+    assert load_text("MUSE-news", "retain", "give") == "One.\n\nTwo."
+    assert len(hub.calls) == 1
+    hub.rows["sample-10BT", "train"] = rows_of(DATA / "fineweb-edu.jsonl")
+    for part in ("retain", "disruption"):
+        assert load_text("fineweb-edu", part, "give") == getattr(sample("fineweb-edu"), part)
+    assert load_text("mmlu", "retain", "give") is None
+    assert not has_text("mmlu")
+
+
 def test_a_bad_row_of_the_hub_is_named(hub):
     hub.rows["wmdp-bio", "test"] = [*rows_of(DATA / "wmdp.jsonl"), {"question": "Q?"}]
     with pytest.raises(
@@ -94,6 +142,18 @@ def test_without_a_connection_it_says_what_was_looked_for(hub):
     )
     with pytest.raises(FileNotFoundError, match=re.escape(expected)):
         load_data("tofu")
+
+
+def test_what_went_wrong_at_the_hub_is_told_in_short(hub):
+    def unreachable(*_, **__):
+        raise ConnectionError("line\nafter \x1b[0m line" * 1000)
+
+    hub.load_dataset = unreachable
+    with pytest.raises(
+        FileNotFoundError, match=r"got ConnectionError: line after \?\[0m lineline .*; give a local"
+    ) as error:
+        load_data("tofu")
+    assert len(str(error.value)) < 500
 
 
 def test_without_the_package_it_says_how_to_install_it(monkeypatch):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, normalizers
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 import cir
 from cir.data.facts import load_facts
+from cir.data.shipped import builtin_text
 from cir.data.tokens import continuation, encode, opening, statements, windows
 from cir.measures import extracted, recall
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
@@ -106,3 +108,46 @@ def test_an_answer_that_its_prompt_has_too_is_the_last_mention():
     (statement,) = statements(tokenizer, load_facts([twice])[0], 64)
     assert list(statement.told) == [6]
     assert len(statement.ids) == 7
+
+
+def byte_tokenizer():
+    """One of pieces of words, each with the space before it, as that of GPT-2."""
+    plain = Tokenizer(BPE())
+    plain.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(vocab_size=600, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    plain.train_from_iterator([builtin_text()[:50_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=plain)
+
+
+@pytest.mark.parametrize("made", [word_tokenizer, prepending_tokenizer, byte_tokenizer])
+@pytest.mark.parametrize(
+    "text", [builtin_text()[:60_000], TEXT, "x" * 20_000, "word\n" * 5000, "\u5b57\u3002\n" * 5000]
+)
+def test_a_long_text_has_in_pieces_the_tokens_of_the_whole(made, text, monkeypatch):
+    tokenizer = made()
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("cir.data.tokens.PIECE", 1000)
+    given = []
+
+    def watched(text, **settings):
+        given.append(len(text))
+        return tokenizer(text, **settings)
+
+    body = 64 - len(opening(tokenizer))
+    if len(whole) >= body:
+        assert windows(watched, text, 64)[:, -body:].flatten().tolist() == whole[: len(whole) // body * body]
+    if " " in text:
+        assert max(given) < 4000
+
+
+def test_a_tokenizer_that_cannot_be_cut_is_given_the_whole(monkeypatch):
+    monkeypatch.setattr("cir.data.tokens.PIECE", 100)
+    given = []
+
+    def tokenizer(text, **_):
+        given.append(text)
+        return {"input_ids": [len(text), *map(ord, text)]}
+
+    text = "a few words " * 100
+    assert windows(tokenizer, text, 50).flatten().tolist() == [1200, *map(ord, text)][:1200]
+    assert text in given

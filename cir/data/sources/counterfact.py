@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cir.data.facts import Fact
-from cir.data.sources.source import Row, Source, completed
+from cir.data.sources.source import Row, Source, alike, completed
 
 
 def _counterfact(row: Row) -> Fact:
@@ -19,6 +19,11 @@ def _counterfact_neighbour(row: Row) -> Fact:
     return completed(row.id, row.texts("neighborhood_prompts"), answer)
 
 
+def _same(row: Row) -> tuple[str, ...]:
+    rewrite = row.inner("requested_rewrite")
+    return alike(rewrite.text("subject"), rewrite.inner("target_true").text("str"))
+
+
 COUNTERFACT = Source(
     "azhx/counterfact",
     {"facts": ((None, "train"),)},
@@ -26,5 +31,6 @@ COUNTERFACT = Source(
     "requested_rewrite {prompt with {}, subject, target_true {str}}, paraphrase_prompts, neighborhood_prompts",
     "Meng et al. 2022, arXiv 2202.05262",
     _counterfact,
+    _same,
     _counterfact_neighbour,
 )

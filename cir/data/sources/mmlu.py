@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cir.data.sources.source import CHOICES, Source, multiple_choice
+from cir.data.sources.source import CHOICES, Source, multiple_choice, same_choice
 
 MMLU = Source(
     "cais/mmlu",
@@ -11,4 +11,5 @@ MMLU = Source(
     f"subject, {CHOICES}",
     "Hendrycks et al. 2021, arXiv 2009.03300",
     multiple_choice,
+    same_choice,
 )

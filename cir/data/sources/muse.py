@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cir.data.sources.source import Source, question_answer
+from cir.data.sources.source import Source, question_answer, same_answer
 
 
 def _muse(corpus: str, holds: str) -> Source:
@@ -18,6 +18,7 @@ def _muse(corpus: str, holds: str) -> Source:
         "question, answer; of retain and disruption, text",
         "Shi et al. 2024, arXiv 2407.06460",
         question_answer,
+        same_answer,
     )
 
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import re
 
 from cir.data.facts import Fact, Probe
-from cir.data.sources.source import QUESTION, Row, Source, asked, one_line
+from cir.data.sources.source import QUESTION, Row, Source, alike, asked, one_line
 
 _BLANK = re.compile(r"_{2,}")
 
 
 def _rwku(row: Row) -> Fact:
-    """A statement up to its blank, or a question.
-
-    The rows on one subject with one answer are one fact: a fact is asked with a blank and as a question too, and
-    must not be relearned from the one and probed with the other.
-    """
-    subject, query, answer = row.text("subject"), one_line(row.text("query")), one_line(row.text("answer"))
+    """A statement up to its blank, or a question."""
+    subject, query, answer = one_line(row.text("subject")), one_line(row.text("query")), one_line(row.text("answer"))
     name = f"{subject}: {answer.casefold()}"
     blank = _BLANK.search(query)
     if blank is None:
@@ -24,6 +20,13 @@ def _rwku(row: Row) -> Fact:
     lead = query[: blank.start()].rstrip(" \"'\u201c\u2018(")
     stated = _BLANK.sub(lambda _: answer, query)
     return Fact(name, (stated,), (Probe(lead or QUESTION.format(query), f" {answer}"),))
+
+
+def _same(row: Row) -> tuple[str, ...]:
+    """A fact is asked with a blank and as a question too, and must not be relearned from the one and probed with the
+    other.
+    """
+    return alike(row.text("subject"), row.text("answer"))
 
 
 RWKU = Source(
@@ -36,4 +39,5 @@ RWKU = Source(
     "subject, query (with ___ for the answer, or a question), answer",
     "Jin et al. 2024, arXiv 2406.10890",
     _rwku,
+    _same,
 )

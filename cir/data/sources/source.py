@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cir.data.facts import Fact, Probe
+from cir.data.files import brief, shown
 
 QUESTION = "Q: {}\nA:"
 """How a question is asked; its answer follows after a space."""
@@ -26,7 +28,8 @@ class Source:
         hub: its id on the hub, or the address of its one file.
         parts: the configurations (None: the default) and splits of each part; ``text`` is cut into ``retain`` and
             ``disruption``. holds, columns, cite: for people.
-        fact: a row as a fact; None for a set of text. neighbour: a row of the facts as its neighbours.
+        fact: a row as a fact; None for a set of text. same: what the rows of one fact have in common, as
+            :func:`alike` gives it. neighbour: a row of the facts as its neighbours.
         streamed: too large to be downloaded; only what is used is read.
     """
 
@@ -36,6 +39,7 @@ class Source:
     columns: str
     cite: str
     fact: Callable[[Row], Fact] | None = None
+    same: Callable[[Row], tuple[str, ...]] | None = None
     neighbour: Callable[[Row], Fact] | None = None
     streamed: bool = False
 
@@ -71,7 +75,7 @@ class Row:
         value = self.values.get(column)
         if isinstance(value, str) and len(value) == 1:
             value = string.ascii_uppercase.find(value.upper())
-        if not isinstance(value, int) or not 0 <= value < count:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
             raise self._wrong(column, f"the index or the letter of one of {count} choices")
         return value
 
@@ -83,13 +87,21 @@ class Row:
         return replace(self, where=f"{self.where}, {column!r}", values=value)
 
     def _wrong(self, column: str, expected: str) -> ValueError:
-        got = f"{self.values[column]!r:.80}" if column in self.values else f"the columns {', '.join(self.values)}"
+        if column in self.values:
+            got = shown(self.values[column])
+        else:
+            got = f"the columns {brief(', '.join(map(str, self.values)))}"
         return ValueError(f"{self.where}: expected {column!r}, {expected}, got {got}")
 
 
 def one_line(text: str) -> str:
     """``text`` as one line, without the ``[...]`` where its source was shortened."""
     return " ".join(_OMISSION.sub("", text).split())
+
+
+def alike(*texts: str) -> tuple[str, ...]:
+    """``texts`` in a form in which those that say the same are the same."""
+    return tuple(unicodedata.normalize("NFKC", one_line(text)).casefold() for text in texts)
 
 
 def asked(name: str, question: str, answer: str, *paraphrases: str) -> Fact:
@@ -112,6 +124,17 @@ def multiple_choice(row: Row) -> Fact:
     given = row.values.get("sentences") is not None
     sentences = row.texts("sentences") if given else (f"{question} {choices[answer]}".strip(),)
     return Fact(row.id, sentences, question=question, choices=choices, answer=answer)
+
+
+def same_choice(row: Row) -> tuple[str, ...]:
+    """The question and the text of the right choice."""
+    choices = row.texts("choices", blank=True)
+    return alike(row.text("question"), choices[row.index("answer", len(choices))])
+
+
+def same_answer(row: Row) -> tuple[str, ...]:
+    """The question and the answer."""
+    return alike(row.text("question"), row.text("answer"))
 
 
 def question_answer(row: Row) -> Fact:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cir.data.sources.source import Source, question_answer
+from cir.data.sources.source import Source, question_answer, same_answer
 
 TOFU = Source(
     "locuslab/TOFU",
@@ -11,4 +11,5 @@ TOFU = Source(
     "question, answer, and where there is one paraphrased_question",
     "Maini et al. 2024, arXiv 2401.06121",
     question_answer,
+    same_answer,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cir.data.sources.source import CHOICES, Source, multiple_choice
+from cir.data.sources.source import CHOICES, Source, multiple_choice, same_choice
 
 
 def _wmdp(topic: str, holds: str) -> Source:
@@ -13,6 +13,7 @@ def _wmdp(topic: str, holds: str) -> Source:
         f"{CHOICES} and, in the corpus form, sentences",
         "Li et al. 2024, arXiv 2403.03218",
         multiple_choice,
+        same_choice,
     )
 
 
