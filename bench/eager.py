@@ -161,7 +161,7 @@ class EagerCIR:
 
         hooks = [linear.register_forward_hook(tap) for linear in self.linears]
         hooks += [
-            self.mlps[layer].module.register_forward_hook(lambda module, args, out: outputs.append(out))
+            self.mlps[layer].down.linear.register_forward_hook(lambda module, args, out: outputs.append(out))
             for layer in self.loss_layers
         ]
         try:

@@ -139,13 +139,13 @@ def _modules(stack: Stack) -> dict[tuple[str, int], nn.Module]:
         mixers = {
             name: child
             for name, child in layer.named_children()
-            if mlp.module not in child.modules() and any(isinstance(m, nn.Linear) for m in child.modules())
+            if not mlp.linears & set(child.modules()) and any(isinstance(m, nn.Linear) for m in child.modules())
         }
         if len(mixers) != 1:
             raise ValueError(
                 f"layer {number}: expected one module with linears beside the MLP, got {', '.join(mixers) or 'none'}"
             )
-        found["mlp", number] = mlp.module
+        found["mlp", number] = mlp.down.linear
         found["attention", number] = next(iter(mixers.values()))
     return found
 

@@ -105,7 +105,7 @@ def needed_to_forget(
         freed += (8 - 4) * columns * site.width
     bases = sum(4 * columns * site.width for site, columns in sketched.items())
     held, moments = bases, max(0, _moments(ranks) - bases)
-    hidden, inner = sorted(stack.mlps[0].targets[0].linear.weight.shape)
+    hidden, inner = stack.mlps[0].down.linear.weight.shape
     depth = len(targets) // 2
     layers = depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner)
     if device.type != "cuda":
@@ -143,7 +143,7 @@ def needed(
     forget = max(int(batch.counted(config.skip_first).sum()) for batch in batches)
     keep = max((int(batch.attention_mask.sum()) for batch in retain if config.retain_rate), default=0)
     window = max(WINDOW, config.retain_length)
-    hidden, inner = sorted(targets[0].linear.weight.shape)
+    hidden, inner = stack.mlps[0].down.linear.weight.shape
     return Need(
         held=held,
         rows=max(forget, keep) * size * sum(site.width for site in sites),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -92,13 +93,13 @@ class Capture:
             return lambda module, args, output: hidden.outputs.update({layer: output.flatten(0, -2)})
 
         def keep_last(module: nn.Module, args: Any, output: Any) -> None:
-            hidden.last = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+            hidden.last = _one_stream(output[0] if isinstance(output, tuple) else output).flatten(0, -2)
 
         with ExitStack() as undo:
             undo.callback(setattr, stack.decoder, stack.attribute, layers)
             setattr(stack.decoder, stack.attribute, layers[: self._last_layer + 1])
             for layer, mlp in enumerate(stack.mlps[: self._last_layer + 1]):
-                undo.callback(mlp.module.register_forward_hook(keep_mlp(layer)).remove)
+                undo.callback(mlp.down.linear.register_forward_hook(keep_mlp(layer)).remove)
             undo.callback(layers[self._last_layer].register_forward_hook(keep_last).remove)
             undo.enter_context(self._recording(hidden))
             stack.decoder(**inputs, use_cache=False)
@@ -173,7 +174,7 @@ class AnswerCapture(Capture):
 
     def __init__(self, model: nn.Module, stack: Stack, first_layer: int) -> None:
         super().__init__(stack, len(stack.mlps) - 1)
-        self._model, self._first = model, first_layer
+        self._model, self._first, self._written = model, first_layer, stack.writers(first_layer)
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if head is None:
             raise ValueError(f"expected a model with an LM head, got {type(model).__name__} without")
@@ -211,6 +212,7 @@ class AnswerCapture(Capture):
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             below.hidden, *beside = output if isinstance(output, tuple) else (output,)
+            _one_stream(below.hidden)
             below.beside = tuple(beside) if isinstance(output, tuple) else None
 
         with ExitStack() as undo:
@@ -240,7 +242,19 @@ class AnswerCapture(Capture):
             if keep:
                 undo.enter_context(self._recording(hidden))
             logits = self._model(**below.inputs, use_cache=False).logits[0]
+        idle = [target.name for target in self._written if target.activation.name not in hidden.tokens]
+        if keep and idle:
+            raise ValueError(f"{idle[0]}: expected a linear that is run for every token, got one that is not")
         return logits, hidden
+
+
+def _one_stream(hidden: Tensor) -> Tensor:
+    if hidden.ndim != 3:
+        raise ValueError(
+            f"expected layers that put out (batch, tokens, width), got {tuple(hidden.shape)}: models whose residual "
+            "stream has further axes are not supported"
+        )
+    return hidden
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -250,7 +264,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     """What the decoder is to run, and the places (N,) of the batch's real tokens in its flattened output."""
-    attention = str(getattr(stack.decoder.config, "_attn_implementation", ""))
+    attention = _attention_of(stack.decoder)
     if "flash" in attention:  # drops the padding by itself
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         return inputs, batch.attention_mask.flatten().nonzero().squeeze(1)
@@ -262,6 +276,10 @@ def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor
     return inputs, batch.attention_mask.flatten().nonzero().squeeze(1)
 
 
+def _attention_of(decoder: nn.Module) -> str:
+    return str(getattr(getattr(decoder, "config", None), "_attn_implementation", ""))
+
+
 _APART: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
@@ -270,7 +288,9 @@ def keeps_apart(decoder: nn.Module) -> bool:
     """Whether what ``decoder`` says of a sentence is the same to the bit whatever sentence is packed before it: not
     so where layers are recurrent or convolve, which do not look at positions. Run once, on tokens of no meaning.
     """
-    known, attention = _APART.setdefault(decoder, {}), str(getattr(decoder.config, "_attn_implementation", ""))
+    if "position_ids" not in signature(decoder.forward).parameters:
+        return False
+    known, attention = _APART.setdefault(decoder, {}), _attention_of(decoder)
     if attention not in known:
         embedding = cast(nn.Embedding, decoder.get_input_embeddings())  # type: ignore[operator]
         first, second = torch.arange(16), torch.arange(8)
@@ -342,7 +362,7 @@ def answering(model: nn.Module, stack: Stack, first_layer: int) -> Iterator[Answ
         RuntimeError: as :func:`capture`. ValueError: if the model has no LM head.
     """
     tape = AnswerCapture(model, stack, first_layer)
-    written = stack.writers(first_layer)
+    written = tape._written
     with _tapping(model, tape, [*written, *(target for target in tape.mlps if target not in written)]):
         yield tape
 

@@ -1,12 +1,11 @@
-"""Where a model is tapped and edited: its decoder layers' gated MLPs and what their attentions put out, found by
-structure.
-"""
+"""Where a model is tapped and edited: its layers' MLPs and what their attentions put out, found by structure."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -42,11 +41,20 @@ class Target:
 
 @dataclass(frozen=True)
 class MLP:
-    """The gated MLP of one decoder layer. Gate and up read one input, hence one activation site."""
+    """The MLP of one decoder layer: gate, up (in the order the module declares them) and down; the two in one, and
+    down; or plain up and down. What reads one input has one activation site.
+    """
 
-    module: nn.Module
-    targets: tuple[Target, Target, Target]
-    """gate, up (in the order the module declares them) and down."""
+    targets: tuple[Target, ...]
+
+    @property
+    def down(self) -> Target:
+        """What it says: the linear from its width to the hidden size."""
+        return self.targets[-1]
+
+    @property
+    def linears(self) -> set[nn.Module]:
+        return {target.linear for target in self.targets}
 
 
 @dataclass(frozen=True)
@@ -77,19 +85,21 @@ class Stack:
         """
         found = []
         for number in range(first_layer, len(self.mlps)):
-            found += [self._attention_output(number), self.mlps[number].targets[2]]
+            found += [self._attention_output(number), self.mlps[number].down]
         _check_editable(found)
         return found
 
     def _attention_output(self, number: int) -> Target:
-        """The last linear into the residual stream that the layer declares outside its MLP."""
+        """The last linear into the residual stream in a module that the layer declares beside its MLP."""
         mlp = self.mlps[number]
-        width = mlp.targets[2].linear.out_features
-        inside = set(mlp.module.modules())
+        width = mlp.down.linear.out_features
         linears = [
             (name, module)
             for name, module in self.layers[number].named_modules()
-            if isinstance(module, nn.Linear) and module not in inside and module.out_features == width
+            if isinstance(module, nn.Linear)
+            and "." in name
+            and module not in mlp.linears
+            and module.out_features == width
         ]
         if not linears:
             raise ValueError(
@@ -103,7 +113,7 @@ class Stack:
 
 
 def sites_of(targets: Sequence[Target]) -> list[Site]:
-    """The distinct sites of ``targets``, in order: two of activations and three of gradients an MLP."""
+    """The distinct sites of ``targets``, in order: two of activations and three of gradients a gated MLP."""
     pairs = ((t.activation, t.gradient) for t in targets)
     return list(dict.fromkeys(site for pair in pairs for site in pair))
 
@@ -122,16 +132,43 @@ def unwrapped(model: Any) -> Any:
 
 
 def find_stack(model: nn.Module) -> Stack:
-    """Find the decoder layers of a causal LM and the gated MLP (gate, up, down) in each.
+    """Find the decoder layers of a causal LM and the MLP in each.
 
-    An MLP is known by its shape and not by its name: a module with exactly three linears, two D -> F and one
-    F -> D. So Llama, Mistral, Qwen and Gemma dense models are all found.
+    An MLP is known by its shape and not by its name: a module, or the layer itself, whose own linears are a down
+    projection F -> D, and two D -> F (Llama, Mistral, Qwen, Gemma), one D -> 2F (Phi-3, GLM-4) or one D -> F
+    (GPT-NeoX, OPT, Falcon, Phi, StarCoder2).
 
     Raises:
         ValueError: if the model has no such MLP in every decoder layer, or experts beside it, if its weights are
             quantized, on the meta device, shared between layers or made of others, or if it has adapters or is
             compiled in part or in place.
     """
+    _check_as_it_is(model)
+    root, found = _found_mlps(model)
+    if not found:
+        raise ValueError(
+            f"expected decoder layers with an MLP of linears, D -> F, 2F or twice F and F -> D, got none in "
+            f"{type(model).__name__}"
+        )
+    modules = dict(root.named_modules())
+    holder = max(found, key=lambda h: len(found[h]))
+    missing = [i for i in range(len(list(modules[holder].children()))) if i not in found[holder]]
+    if missing:
+        raise ValueError(f"expected an MLP of linears in every layer of {holder}, got none in {missing}")
+    prefix = next(name for name, module in model.named_modules() if module is root)
+    mlps = tuple(
+        _mlp(f"{prefix}.{name}".lstrip("."), modules[name], order)
+        for _, (name, order) in sorted(found[holder].items())
+    )
+    _check_editable([target for mlp in mlps for target in mlp.targets])
+    parent, _, attribute = holder.rpartition(".")
+    if "input_ids" not in signature(modules[parent].forward).parameters:
+        raise ValueError(f"expected layers that are run on input_ids, got those of {type(modules[parent]).__name__}")
+    return Stack(modules[parent], attribute, mlps, f"{prefix}.{holder}".lstrip("."))
+
+
+def _check_as_it_is(model: nn.Module) -> None:
+    """That what is tapped is what runs, and what is saved."""
     compiled = next((name for name, module in model.named_modules() if _is_compiled(module)), None)
     if compiled is not None:
         raise ValueError(
@@ -144,86 +181,103 @@ def find_stack(model: nn.Module) -> Stack:
             f"expected a model without adapters, got a {type(adapter).__name__} of peft: what changes beneath would "
             "be lost, as adapters are saved without it; merge_and_unload() first"
         )
+
+
+def _found_mlps(model: nn.Module) -> tuple[nn.Module, dict[str, dict[int, tuple[str, list[str]]]]]:
+    """The decoder, and in it, by list of layers and layer, the MLP's name and those of its linears."""
     find_decoder = getattr(model, "get_decoder", None)
-    root: nn.Module = find_decoder() if callable(find_decoder) else model
-    found: dict[str, dict[int, tuple[str, nn.Module, list[str]]]] = defaultdict(dict)
-    modules = dict(root.named_modules())
-    for name, module in modules.items():
-        order = _gated_linears(module)
-        if order is None:
+    decoder: nn.Module = find_decoder() if callable(find_decoder) else model
+    found: dict[str, dict[int, tuple[str, list[str]]]] = defaultdict(dict)
+    # Some models call their LM head the decoder.
+    root = decoder if any(_layer_of(name) for name, _ in decoder.named_modules()) else model
+    width = _hidden_size(model)
+    for name, module in root.named_modules():
+        place = _layer_of(name)
+        if place is None:
             continue
-        path = name.split(".")
-        index = next((i for i, part in enumerate(path) if part.isdigit()), None)
-        if index is None:
+        _check_dense(name, module, width)
+        holder, layer = place
+        if (order := _linears_of_mlp(module, width)) is None:
             continue
-        holder, layer = ".".join(path[:index]), int(path[index])
-        if layer in found[holder]:
+        # A layer's own linears are its MLP where no module in it is.
+        if layer in found[holder] and found[holder][layer][0] != f"{holder}.{layer}":
             raise ValueError(
-                f"expected one gated MLP in decoder layer {holder}.{layer}, got {found[holder][layer][0]} "
-                f"and {name} (mixtures of experts are not supported)"
+                f"expected one MLP in decoder layer {holder}.{layer}, got {found[holder][layer][0]} and {name} "
+                "(mixtures of experts are not supported)"
             )
-        found[holder][layer] = (name, module, order)
-    if not found:
-        raise ValueError(
-            f"expected decoder layers with a gated MLP (linears D -> F, D -> F and F -> D), got none in "
-            f"{type(model).__name__}"
-        )
-    holder = max(found, key=lambda h: len(found[h]))
-    missing = [i for i in range(len(list(modules[holder].children()))) if i not in found[holder]]
-    if missing:
-        raise ValueError(f"expected a gated MLP in every layer of {holder}, got none in {missing}")
-    experts = [name for name in modules if "experts" in name.split(".")]
-    if experts:
-        raise ValueError(
-            f"expected a dense model, got experts in {experts[0]}: mixtures of experts are not supported, of which "
-            "one that all tokens share would change alone"
-        )
-    prefix = next(name for name, module in model.named_modules() if module is root)
-    mlps = tuple(
-        _mlp(f"{prefix}.{name}".lstrip("."), module, order)
-        for _, (name, module, order) in sorted(found[holder].items())
+        found[holder][layer] = name, order
+    return root, found
+
+
+def _layer_of(name: str) -> tuple[str, int] | None:
+    """The list of layers in which a module of that name is, and the number of its layer."""
+    path = name.split(".")
+    index = next((i for i, part in enumerate(path) if part.isdigit()), None)
+    return None if index is None else (".".join(path[:index]), int(path[index]))
+
+
+def _check_dense(name: str, module: nn.Module, width: int | None) -> None:
+    """That a module of a layer is of no experts, which are told by their name, or by weights that are a stack of
+    matrices from or to the residual stream.
+    """
+    stacked = any(
+        weight.ndim == 3 and width in weight.shape[1:] and not isinstance(module, nn.modules.conv._ConvNd)
+        for weight in module.parameters(recurse=False)
     )
-    _check_editable([target for mlp in mlps for target in mlp.targets])
-    parent, _, attribute = holder.rpartition(".")
-    return Stack(modules[parent], attribute, mlps, f"{prefix}.{holder}".lstrip("."))
+    if stacked or "experts" in name.split("."):
+        raise ValueError(
+            f"expected a dense model, got experts in {name}: mixtures of experts are not supported, of which one "
+            "that all tokens share would change alone"
+        )
 
 
 def _is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _gated_linears(module: nn.Module) -> list[str] | None:
-    """Names of the (gate, up, down) linears that are direct children of ``module``, or None."""
+def _hidden_size(model: nn.Module) -> int | None:
+    """Numbers of the residual stream a token, where the model says so."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "hidden_size", None)
+
+
+def _linears_of_mlp(module: nn.Module, width: int | None) -> list[str] | None:
+    """Names of the linears that are direct children of an MLP, down last; None of anything else. By shape alone a
+    plain MLP could be read both ways round: ``width`` is that of the residual stream.
+    """
     linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
-    if len(linears) != 3:
+    if len(linears) not in (2, 3) or "attention" in type(module).__name__.lower():
         return None
-    names = list(linears)
-    for down in names:
-        first, second = (name for name in names if name != down)
-        shape = (linears[first].in_features, linears[first].out_features)
-        same = shape == (linears[second].in_features, linears[second].out_features)
-        back = shape == (linears[down].out_features, linears[down].in_features)
-        if same and back and shape[0] != shape[1]:
-            return [first, second, down]
+    for name, down in linears.items():
+        readers = [other for other in linears if other != name]
+        inner, hidden = down.in_features, down.out_features
+        if hidden != (width or hidden):
+            continue
+        widths = (inner,) if len(readers) == 2 else (inner, 2 * inner)
+        if inner != hidden and all(
+            linears[r].in_features == hidden and linears[r].out_features in widths for r in readers
+        ):
+            return [*readers, name]
     return None
 
 
 def _mlp(name: str, module: nn.Module, order: list[str]) -> MLP:
-    gate, up, down = (cast(nn.Linear, module.get_submodule(child)) for child in order)
-    read = Site(f"{name}.in", gate.in_features, "activation")
-    hidden = Site(f"{name}.{order[2]}.in", down.in_features, "activation")
+    *readers, down = (cast(nn.Linear, module.get_submodule(child)) for child in order)
+    read = Site(f"{name}.in", readers[0].in_features, "activation")
+    hidden = Site(f"{name}.{order[-1]}.in", down.in_features, "activation")
 
     def target(child: str, linear: nn.Linear, site: Site) -> Target:
         return Target(linear, site, Site(f"{name}.{child}.out", linear.out_features, "gradient"))
 
-    return MLP(module, (target(order[0], gate, read), target(order[1], up, read), target(order[2], down, hidden)))
+    read_by = [target(child, linear, read) for child, linear in zip(order, readers, strict=False)]
+    return MLP((*read_by, target(order[-1], down, hidden)))
 
 
 def _check_editable(targets: Sequence[Target]) -> None:
     seen: dict[int, str] = {}
     for target in targets:
         weight, name = target.linear.weight, target.name
-        if weight.dtype not in EDITABLE_DTYPES or type(target.linear).forward is not nn.Linear.forward:
+        if weight.dtype not in EDITABLE_DTYPES or not _is_linear(target.linear):
             raise ValueError(
                 f"{name}: expected an nn.Linear with a weight of float32, bfloat16 or float16, got "
                 f"{type(target.linear).__name__} with {weight.dtype}; load the model without quantization"
@@ -238,6 +292,17 @@ def _check_editable(targets: Sequence[Target]) -> None:
         if id(weight) in seen:
             raise ValueError(f"expected a weight of its own in each linear, got {name} sharing {seen[id(weight)]}'s")
         seen[id(weight)] = name
+
+
+@torch.no_grad()
+def _is_linear(linear: nn.Linear) -> bool:
+    """Whether it does what nn.Linear does, up to rounding: a subclass may."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    weight = linear.weight
+    x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
+    expected, got = nn.functional.linear(x, weight, linear.bias), linear(x)
+    return isinstance(got, torch.Tensor) and bool((got - expected).norm() <= 2e-2 * expected.norm())
 
 
 def _is_ordinary(weight: torch.Tensor) -> bool:

@@ -47,7 +47,7 @@ def test_activations_and_gradients_are_autograds(model, layers_require_grad, unc
 
         target.linear.register_forward_hook(keep)
     for layer in (1, 2):
-        stack.mlps[layer].module.register_forward_hook(lambda m, a, out, layer=layer: mlps.update({layer: out}))
+        stack.mlps[layer].down.linear.register_forward_hook(lambda m, a, out, layer=layer: mlps.update({layer: out}))
     model.eval()(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask)
     loss_of({layer: real(out) for layer, out in mlps.items()}, mask).backward()
     assert set(tokens) == {site.name for site in sites_of(stack.targets(2))}
@@ -86,9 +86,9 @@ def test_everything_is_restored_after_an_exception(model, unchanged):
     unchanged(model)
     stack = find_stack(model)
     with pytest.raises(RuntimeError, match="stop here"), capture(model, stack, 2) as tape:  # noqa: PT012
-        stack.mlps[1].module.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop here")))
+        stack.mlps[1].down.linear.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop here")))
         tape.forward(BATCH, BATCH.counted(0))
-    stack.mlps[1].module._forward_hooks.clear()
+    stack.mlps[1].down.linear._forward_hooks.clear()
     unchanged(model)
 
 

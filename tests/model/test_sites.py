@@ -50,7 +50,7 @@ def test_finds_what_writes_to_the_residual_stream(family):
     attention, mlp, *rest = stack.writers(1)
     assert attention.name == "model.layers.1.self_attn.o_proj"
     assert attention.linear is stack.layers[1].self_attn.o_proj
-    assert mlp == stack.mlps[1].targets[2]
+    assert mlp == stack.mlps[1].down
     assert [target.name.split(".")[2] for target in rest] == ["2", "2"]
     assert [(s.width, s.kind) for s in sites_of([attention])] == [(16, "activation"), (16, "gradient")]
 
