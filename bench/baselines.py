@@ -254,7 +254,7 @@ class RMU(Representation):
         self.stack = find_stack(self.model)
         self.layers = self.at_depth(7 / 32)
         (layer,) = self.layers
-        self.trained = [mlp.down.linear.weight for mlp in self.stack.mlps[max(0, layer - 2) : layer + 1]]
+        self.trained = [mlp.down.weight for mlp in self.stack.mlps[max(0, layer - 2) : layer + 1]]
         self.original = [self.states(batch).cpu() for batch in self.retain]
         norms = torch.cat([self.states(batch, SKIP_FIRST).norm(dim=-1) for batch in self.forget], dim=1)
         u = torch.rand(self.original[0].shape[-1], generator=self.generator)

@@ -120,7 +120,7 @@ class Edit:
         by_name = {target.name: target for target in every}
         for name, (b, a) in self.factors.items():
             shape = (b.shape[1], a.shape[1])
-            found = tuple(by_name[name].linear.weight.shape) if name in by_name else "no such linear"
+            found = tuple(by_name[name].weight.shape) if name in by_name else "no such linear"
             if found != shape:
                 raise ValueError(f"edit {self.id!r}: expected a model with {name} {shape}, got {found}")
         return [target for name, target in by_name.items() if name in self.factors]
@@ -229,7 +229,7 @@ def add_factors(
 ) -> None:
     """W <- W + sign * the sum of the edits' B^T A for each target, rounded once: the same bits each time."""
     for place, target in enumerate(targets if edits else ()):
-        weight = target.linear.weight
+        weight = target.weight
         b, a = (torch.cat(rows).to(weight.device) for rows in zip(*(f[target.name] for f in edits), strict=True))
         how = rounding if weight.dtype.itemsize == 2 else "nearest"
         outer_update_(weight, b, a, float(sign), rounding=how, seed=place)
@@ -250,7 +250,7 @@ def factorise(
         a = torch.cat([tokens[target.activation.name].float() for tokens, _ in updates])
         pairs.append((g, a))
         b, a_r = _truncated(g, a, rank, energy)
-        dtype = target.linear.weight.dtype
+        dtype = target.weight.dtype
         factors[target.name] = b.to(dtype), a_r.to(dtype)
     return factors, min(1.0, _norm_sq(factors.values()) / max(_norm_sq(pairs), 1e-300))
 

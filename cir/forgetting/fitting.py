@@ -141,7 +141,7 @@ def fitted(
     progress: bool = True,
 ) -> SiteSubspaces:
     """What :meth:`Subspaces.fit` says, of windows of text ``rows`` (N, L) and of contrast facts as ``asked``."""
-    device = targets[0].linear.weight.device
+    device = targets[0].weight.device
     sites = sites_of(targets)
     for site in sites:
         if rank_at(site, config.rank) > site.width:

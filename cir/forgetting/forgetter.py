@@ -75,9 +75,9 @@ class Forgetter:
     ) -> None:
         self._tape, self._targets, self._common, self._config = tape, targets, common, config
         self._random = random.Random(config.seed)
-        device = targets[0].linear.weight.device
+        device = targets[0].weight.device
         self._at_once = at_once = at_once or tokens_of_a_step(device)
-        self._weight = sum(float(t.linear.weight.detach().double().norm()) ** 2 for t in targets) ** 0.5
+        self._weight = sum(float(t.weight.detach().double().norm()) ** 2 for t in targets) ** 0.5
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
         self._spare: list[Tensor] | None = None
         self._relearning = [RELEARNING_RATE * size for size in sizes(tape.mlps)]
@@ -247,7 +247,7 @@ def doses(owners: Tensor, effects: Tensor, lengths: Tensor, dose: Tensor, longes
 def _gram(targets: Sequence[Target], left: Tokens, right: Tokens) -> Tensor:
     """(T, T) float64: the inner products of the rows' outer products, over all targets."""
     total: Any = 0
-    device = targets[0].linear.weight.device
+    device = targets[0].weight.device
     grams = _grams({site.name for target in targets for site in (target.gradient, target.activation)}, left, right)
     for target in targets:
         total = total + grams[target.gradient.name].to(device) * grams[target.activation.name].to(device)

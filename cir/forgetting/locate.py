@@ -21,7 +21,7 @@ from cir.data.tokens import continuation, encode
 from cir.forgetting.questions import Questions, questions
 from cir.measures import mean_recall, recall
 from cir.model.capture import AnswerCapture, frozen
-from cir.model.sites import Stack, find_stack, unwrapped
+from cir.model.sites import Stack, find_stack, is_linear, unwrapped
 
 KINDS = ("mlp", "attention")
 PLACES = ("subject", "last")
@@ -139,7 +139,7 @@ def _modules(stack: Stack) -> dict[tuple[str, int], nn.Module]:
         mixers = {
             name: child
             for name, child in layer.named_children()
-            if not mlp.linears & set(child.modules()) and any(isinstance(m, nn.Linear) for m in child.modules())
+            if not mlp.linears & set(child.modules()) and any(map(is_linear, child.modules()))
         }
         if len(mixers) != 1:
             raise ValueError(

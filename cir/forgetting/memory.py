@@ -95,7 +95,7 @@ def needed_to_forget(
     device = device or model.device
     sites = sites_of(targets)
     ranks = {site: rank_at(site, config.rank) for site in sites}
-    size = targets[0].linear.weight.element_size()
+    size = targets[0].weight.element_size()
     vocabulary = model.config.get_text_config().vocab_size
     # The moments of a site are let go as its basis comes, which takes a few of their size; the narrow ones first.
     sketched = {site: columns_at(site, rank) for site, rank in ranks.items()}
@@ -105,12 +105,12 @@ def needed_to_forget(
         freed += (8 - 4) * columns * site.width
     bases = sum(4 * columns * site.width for site, columns in sketched.items())
     held, moments = bases, max(0, _moments(ranks) - bases)
-    hidden, inner = stack.mlps[0].down.linear.weight.shape
+    hidden, inner = stack.mlps[0].down.weight.shape
     depth = len(targets) // 2
     layers = depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner)
     if device.type != "cuda":
-        held += (3 if config.full_check else 2) * sum(target.linear.weight.nbytes for target in targets)
-        held += sum(target.linear.weight.nbytes for mlp in stack.mlps[-depth:] for target in mlp.targets)
+        held += (3 if config.full_check else 2) * sum(target.weight.nbytes for target in targets)
+        held += sum(target.weight.nbytes for mlp in stack.mlps[-depth:] for target in mlp.targets)
         held += 2 * 4 * hidden * inner  # a gradient and what a weight becomes, in float32, where it is relearned
     held += min(text, config.disruption_tokens or 0) * hidden * size
     return Need(
@@ -134,16 +134,16 @@ def needed(
     layers, last = config.layers(len(stack.mlps)), config.last_updated(len(stack.mlps))
     targets = stack.targets(last)
     sites = sites_of(targets)
-    size = targets[0].linear.weight.element_size()
+    size = targets[0].weight.element_size()
     ranks = {"activation": config.rank_activation, "gradient": config.rank_gradient}
     common = {site: rank_at(site, ranks[site.kind]) for site in sites}
     held = sum(4 * site.width * rank for site, rank in common.items()) + _moments(common, config.exact)
     if model.device.type != "cuda":
-        held += (3 if config.full_check else 2) * sum(target.linear.weight.nbytes for target in targets)
+        held += (3 if config.full_check else 2) * sum(target.weight.nbytes for target in targets)
     forget = max(int(batch.counted(config.skip_first).sum()) for batch in batches)
     keep = max((int(batch.attention_mask.sum()) for batch in retain if config.retain_rate), default=0)
     window = max(WINDOW, config.retain_length)
-    hidden, inner = stack.mlps[0].down.linear.weight.shape
+    hidden, inner = stack.mlps[0].down.weight.shape
     return Need(
         held=held,
         rows=max(forget, keep) * size * sum(site.width for site in sites),

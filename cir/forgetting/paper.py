@@ -33,7 +33,7 @@ def plan_breaking(
     layers = config.layers(len(stack.mlps))
     targets = stack.targets(config.last_updated(len(stack.mlps)))
     config.check_ranks(sites_of(targets))
-    config.check_rounding(targets[0].linear.weight.dtype)
+    config.check_rounding(targets[0].weight.dtype)
     batches = fact_batches(tokenizer, facts, config, model.device)
     retain_batches, disruption_rows = text_batches(tokenizer, retain, disruption, config, model.device)
     need = needed(model, stack, batches, retain_batches, config)

@@ -240,11 +240,11 @@ class _Shape:
         unique = {id(p): p for p in model.parameters()}
         self.weights = sum(p.nbytes for p in unique.values())
         layers = [sum(p.nbytes for p in layer.parameters()) for layer in self.stack.layers]
-        self.size = self.targets[0].linear.weight.element_size()
+        self.size = self.targets[0].weight.element_size()
         self.upper, self.lower = sum(layers[self.first :]), sum(layers[: self.first])
         self.head = model.get_output_embeddings().weight.nbytes
-        self.relearned = sum(t.linear.weight.nbytes for mlp in self.stack.mlps[self.first :] for t in mlp.targets)
-        self.written = sum(target.linear.weight.nbytes for target in self.targets)
+        self.relearned = sum(t.weight.nbytes for mlp in self.stack.mlps[self.first :] for t in mlp.targets)
+        self.written = sum(target.weight.nbytes for target in self.targets)
         self.count = len(layers) - self.first
 
     def _flops(self, stored: float, tokens: float) -> float:

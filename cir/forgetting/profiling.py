@@ -198,7 +198,7 @@ def _floor(model: Any, tokenizer: Any, facts: Sequence[Fact], config: CIRConfig 
         steps, count = config.check_every, -(-len(facts) // config.batch_size)
         tokens, counted = sum(s.told[-1] for s in told), len(told)
     run = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
-    updated = [target.linear.weight for target in targets]
+    updated = [target.weight for target in targets]
     size, size_updated = sum(p.numel() for p in run), sum(p.numel() for p in updated)
     moved = 2 * count * (size + size_updated) * run[0].element_size()
     return steps * 2 * (2 * tokens * size + counted * size_updated), steps * moved

@@ -61,7 +61,7 @@ def unlearn(
     best state so far, and so does an exception.
 
     Args:
-        model: a causal LM of Hugging Face transformers with gated MLPs, in float32, bfloat16 or float16.
+        model: a dense causal LM of Hugging Face transformers, see docs/families.md, in float32, bfloat16 or float16.
         tokenizer: its tokenizer.
         facts: what :func:`cir.load_facts` reads: a path, facts, or sentences.
         contrast: facts that must stay: of the same relations with other subjects, and about the same subjects. The
@@ -138,7 +138,7 @@ def _plan(
         first = subspaces.fitted_on.get("layers", [0])[0]
         targets = stack.writers(first)
         check_fitted_on(subspaces, fingerprint(targets))
-    config.check_rounding(targets[0].linear.weight.dtype)
+    config.check_rounding(targets[0].weight.dtype)
     rows = chosen(text, config)
     need = fits(model, needed_to_forget(model, stack, targets, measured.numel(), config))
 

@@ -80,7 +80,7 @@ def plain_step(
     Raises:
         NonFiniteError: before any weight is changed.
     """
-    device = targets[0].linear.weight.device
+    device = targets[0].weight.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for rows in tokens.values():
         if rows.numel():  # the sum of the extremes is finite only where all rows are
@@ -94,7 +94,7 @@ def plain_step(
 @torch.no_grad()
 def sizes(targets: Sequence[Target]) -> list[Tensor]:
     """Root mean square of each weight, as scalars on their devices."""
-    weights = [target.linear.weight for target in targets]
+    weights = [target.parameter for target in targets]
     norms = [torch.linalg.vector_norm(w, dtype=at_least_float32(w[:0]).dtype) for w in weights]
     return [norm / weight.numel() ** 0.5 for norm, weight in zip(norms, weights, strict=True)]
 
@@ -109,7 +109,7 @@ def sign_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], lengths: 
     """
     for place, (target, length) in enumerate(zip(targets, lengths, strict=True)):
         outer_update_(
-            target.linear.weight,
+            target.weight,
             tokens[target.gradient.name],
             tokens[target.activation.name],
             length,
@@ -130,7 +130,7 @@ def snapshot(targets: Sequence[Target], into: Sequence[Tensor] | None = None, ne
     """Copies of the target weights, on the host; in the memory of an earlier snapshot, ``into``, where given. With
     ``near``, beside the weights where their device has twice the room, from where they are back much faster.
     """
-    weights = [target.linear.weight for target in targets]
+    weights = [target.parameter for target in targets]
     if into is None and near and _roomy(weights):
         into = [torch.empty_like(weight) for weight in weights]
     if into is None:
@@ -155,20 +155,20 @@ def _roomy(weights: Sequence[Tensor]) -> bool:
 def restore(targets: Sequence[Target], weights: Sequence[Tensor]) -> None:
     """Put weights taken by :func:`snapshot` back in place, bit for bit."""
     for target, weight in zip(targets, weights, strict=True):
-        target.linear.weight.copy_(weight)
+        target.parameter.copy_(weight)
 
 
 @torch.no_grad()
 def interpolate(targets: Sequence[Target], weights: Sequence[Tensor], share: float) -> None:
     """Leave ``share`` of the way from ``weights``, taken by :func:`snapshot`, to those that are in place."""
     for target, weight in zip(targets, weights, strict=True):
-        now = target.linear.weight
+        now = target.parameter
         now.lerp_(weight.to(now.device), 1 - share)
 
 
 def fingerprint(targets: Sequence[Target]) -> str:
     """SHA-256 over the names, types, shapes and bits of the target weights."""
-    return fingerprint_of((target.name, target.linear.weight.detach()) for target in targets)
+    return fingerprint_of((target.name, target.parameter.detach()) for target in targets)
 
 
 def fingerprint_of(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -197,7 +197,7 @@ def add_outer(
 ) -> None:
     """W <- W + scale * G^T A for each target, from the rows at its sites."""
     for place, target in enumerate(targets):
-        weight, remainder = target.linear.weight, None
+        weight, remainder = target.weight, None
         how = rounding if weight.dtype.itemsize == 2 else "nearest"
         if how == "compensated" and remainders is not None:
             if target.name not in remainders:

@@ -27,10 +27,10 @@ class _TappedLinear(torch.autograd.Function):
     """y = x W^T + b whose backward gives x its gradient, ``record`` dL/dy, and W nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tap: Tensor, linear: nn.Linear, record: Callable[[Tensor], None]) -> Tensor:
-        ctx.save_for_backward(linear.weight)
+    def forward(ctx: Any, x: Tensor, tap: Tensor, target: Target, record: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(weight := target.weight)
         ctx.record = record
-        return F.linear(x, linear.weight, linear.bias)
+        return F.linear(x, weight, target.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -93,7 +93,7 @@ class Capture:
             return lambda module, args, output: hidden.outputs.update({layer: output.flatten(0, -2)})
 
         def keep_last(module: nn.Module, args: Any, output: Any) -> None:
-            hidden.last = _one_stream(output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+            hidden.last = _one_stream(output[0] if isinstance(output, tuple | list) else output).flatten(0, -2)
 
         with ExitStack() as undo:
             undo.callback(setattr, stack.decoder, stack.attribute, layers)
@@ -140,7 +140,7 @@ class Capture:
 
         def forward(x: Tensor) -> Tensor:
             self._record(target.activation, x)
-            return _TappedLinear.apply(x, self._tap, target.linear, record)
+            return _TappedLinear.apply(x, self._tap, target, record)
 
         return forward
 
@@ -211,9 +211,9 @@ class AnswerCapture(Capture):
         stack, layers = self._stack, self._stack.layers
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            below.hidden, *beside = output if isinstance(output, tuple) else (output,)
+            below.hidden, *beside = output if isinstance(output, tuple | list) else (output,)
             _one_stream(below.hidden)
-            below.beside = tuple(beside) if isinstance(output, tuple) else None
+            below.beside = tuple(beside) if isinstance(output, tuple | list) else None
 
         with ExitStack() as undo:
             undo.callback(setattr, stack.decoder, stack.attribute, layers)
@@ -299,7 +299,7 @@ def keeps_apart(decoder: nn.Module) -> bool:
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             # Of every module, as what little seeps through may be lost to rounding where residuals are added.
-            rows = output[0] if isinstance(output, tuple) and output else output
+            rows = output[0] if isinstance(output, tuple | list) and output else output
             if isinstance(rows, Tensor) and rows.shape[:2] == position_ids.shape:
                 said[-1].append(rows[0, 16:18])
 

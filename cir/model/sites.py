@@ -29,9 +29,23 @@ class Site:
 class Target:
     """A linear to be edited, with the sites of its input A (T, D_in) and output gradient G (T, D_out)."""
 
-    linear: nn.Linear
+    linear: nn.Module
     activation: Site
     gradient: Site
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Its weight as the model keeps it."""
+        return cast(nn.Parameter, self.linear.weight)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Its weight (D_out, D_in): the parameter, or a view of it; what is written there changes the model."""
+        return matrix_of(self.linear)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return cast("torch.Tensor | None", self.linear.bias)
 
     @property
     def name(self) -> str:
@@ -92,14 +106,11 @@ class Stack:
     def _attention_output(self, number: int) -> Target:
         """The last linear into the residual stream in a module that the layer declares beside its MLP."""
         mlp = self.mlps[number]
-        width = mlp.down.linear.out_features
+        width = mlp.down.gradient.width
         linears = [
             (name, module)
             for name, module in self.layers[number].named_modules()
-            if isinstance(module, nn.Linear)
-            and "." in name
-            and module not in mlp.linears
-            and module.out_features == width
+            if is_linear(module) and "." in name and module not in mlp.linears and len(matrix_of(module)) == width
         ]
         if not linears:
             raise ValueError(
@@ -108,14 +119,25 @@ class Stack:
             )
         name, linear = linears[-1]
         name = f"{self.path}.{number}.{name}"
-        read = Site(f"{name}.in", linear.in_features, "activation")
-        return Target(linear, read, Site(f"{name}.out", linear.out_features, "gradient"))
+        read = Site(f"{name}.in", matrix_of(linear).shape[1], "activation")
+        return Target(linear, read, Site(f"{name}.out", width, "gradient"))
 
 
 def sites_of(targets: Sequence[Target]) -> list[Site]:
     """The distinct sites of ``targets``, in order: two of activations and three of gradients a gated MLP."""
     pairs = ((t.activation, t.gradient) for t in targets)
     return list(dict.fromkeys(site for pair in pairs for site in pair))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it multiplies rows with a matrix: nn.Linear, or Conv1D of transformers, as GPT-2 has it."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def matrix_of(linear: nn.Module) -> torch.Tensor:
+    """The weight (D_out, D_in) of what :func:`is_linear`; Conv1D keeps the transpose."""
+    weight = cast(torch.Tensor, linear.weight)
+    return weight if isinstance(linear, nn.Linear) else weight.T
 
 
 def unwrapped(model: Any) -> Any:
@@ -220,10 +242,10 @@ def _check_dense(name: str, module: nn.Module, width: int | None) -> None:
     """That a module of a layer is of no experts, which are told by their name, or by weights that are a stack of
     matrices from or to the residual stream.
     """
-    stacked = any(
-        weight.ndim == 3 and width in weight.shape[1:] and not isinstance(module, nn.modules.conv._ConvNd)
-        for weight in module.parameters(recurse=False)
+    shapes = (
+        [] if isinstance(module, nn.modules.conv._ConvNd) else [p.shape for p in module.parameters(recurse=False)]
     )
+    stacked = any(len(shape) == 3 and shape[0] > 1 and width in shape[1:] for shape in shapes)
     if stacked or "experts" in name.split("."):
         raise ValueError(
             f"expected a dense model, got experts in {name}: mixtures of experts are not supported, of which one "
@@ -245,29 +267,26 @@ def _linears_of_mlp(module: nn.Module, width: int | None) -> list[str] | None:
     """Names of the linears that are direct children of an MLP, down last; None of anything else. By shape alone a
     plain MLP could be read both ways round: ``width`` is that of the residual stream.
     """
-    linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    linears = {name: matrix_of(child).shape for name, child in module.named_children() if is_linear(child)}
     if len(linears) not in (2, 3) or "attention" in type(module).__name__.lower():
         return None
-    for name, down in linears.items():
+    for name, (hidden, inner) in linears.items():
         readers = [other for other in linears if other != name]
-        inner, hidden = down.in_features, down.out_features
         if hidden != (width or hidden):
             continue
         widths = (inner,) if len(readers) == 2 else (inner, 2 * inner)
-        if inner != hidden and all(
-            linears[r].in_features == hidden and linears[r].out_features in widths for r in readers
-        ):
+        if inner != hidden and all(linears[r][1] == hidden and linears[r][0] in widths for r in readers):
             return [*readers, name]
     return None
 
 
 def _mlp(name: str, module: nn.Module, order: list[str]) -> MLP:
-    *readers, down = (cast(nn.Linear, module.get_submodule(child)) for child in order)
-    read = Site(f"{name}.in", readers[0].in_features, "activation")
-    hidden = Site(f"{name}.{order[-1]}.in", down.in_features, "activation")
+    *readers, down = (module.get_submodule(child) for child in order)
+    read = Site(f"{name}.in", matrix_of(readers[0]).shape[1], "activation")
+    hidden = Site(f"{name}.{order[-1]}.in", matrix_of(down).shape[1], "activation")
 
-    def target(child: str, linear: nn.Linear, site: Site) -> Target:
-        return Target(linear, site, Site(f"{name}.{child}.out", linear.out_features, "gradient"))
+    def target(child: str, linear: nn.Module, site: Site) -> Target:
+        return Target(linear, site, Site(f"{name}.{child}.out", len(matrix_of(linear)), "gradient"))
 
     read_by = [target(child, linear, read) for child, linear in zip(order, readers, strict=False)]
     return MLP((*read_by, target(order[-1], down, hidden)))
@@ -276,8 +295,8 @@ def _mlp(name: str, module: nn.Module, order: list[str]) -> MLP:
 def _check_editable(targets: Sequence[Target]) -> None:
     seen: dict[int, str] = {}
     for target in targets:
-        weight, name = target.linear.weight, target.name
-        if weight.dtype not in EDITABLE_DTYPES or not _is_linear(target.linear):
+        weight, name = target.parameter, target.name
+        if weight.dtype not in EDITABLE_DTYPES or not _is_plain(target):
             raise ValueError(
                 f"{name}: expected an nn.Linear with a weight of float32, bfloat16 or float16, got "
                 f"{type(target.linear).__name__} with {weight.dtype}; load the model without quantization"
@@ -295,13 +314,13 @@ def _check_editable(targets: Sequence[Target]) -> None:
 
 
 @torch.no_grad()
-def _is_linear(linear: nn.Linear) -> bool:
+def _is_plain(target: Target) -> bool:
     """Whether it does what nn.Linear does, up to rounding: a subclass may."""
-    if type(linear).forward is nn.Linear.forward:
+    linear, weight = target.linear, target.weight
+    if type(linear).forward is nn.Linear.forward or isinstance(weight, FakeTensor):
         return True
-    weight = linear.weight
     x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
-    expected, got = nn.functional.linear(x, weight, linear.bias), linear(x)
+    expected, got = nn.functional.linear(x, weight, target.bias), linear(x)
     return isinstance(got, torch.Tensor) and bool((got - expected).norm() <= 2e-2 * expected.norm())
 
 

@@ -19,7 +19,7 @@ from cir.data.checks import check_number
 from cir.data.facts import Fact, Probe, check_apart, load_facts
 from cir.data.tokens import continuation, pad
 from cir.measures import Estimate, estimate, extracted, recall
-from cir.model.sites import find_stack
+from cir.model.sites import find_stack, is_linear, matrix_of
 
 SHOTS = 4
 QUANTIZED_GROUP = 64
@@ -99,11 +99,11 @@ def quantized(model: Any, bits: int) -> Iterator[None]:
 
     A row whose length 64 does not divide is one group.
     """
-    weights = [m.weight for m in find_stack(model).decoder.modules() if isinstance(m, nn.Linear)]
+    weights = [matrix_of(m) for m in find_stack(model).decoder.modules() if is_linear(m)]
     with _changed(weights):
         for weight in weights:
             size = QUANTIZED_GROUP if weight.shape[1] % QUANTIZED_GROUP == 0 else weight.shape[1]
-            groups = weight.data.float().view(weight.shape[0], -1, size)
+            groups = weight.data.float().reshape(weight.shape[0], -1, size)
             low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
             step = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)
             weight.data.copy_((((groups - low) / step).round() * step + low).view_as(weight))

@@ -75,7 +75,7 @@ def relearn(
         Recall by fact id of ``probe``, before and after each epoch: ``epochs + 1`` entries.
 
     Raises:
-        ValueError: on bad facts, a probe set without probes, an unknown optimizer, or a model without gated MLPs or
+        ValueError: on bad facts, a probe set without probes, an unknown optimizer, or a model without MLPs or
             with weights that wait on the host.
         NonFiniteError: on a NaN or infinite loss.
     """
@@ -90,7 +90,7 @@ def relearn(
     stack = find_stack(model)
     targets = stack.targets(len(stack.mlps) - 1)
     batches = sentence_batches(tokenizer, facts, batch_size=batch_size, max_length=max_length, skip_first=0)
-    weights = [target.linear.weight for target in targets]
+    weights = [target.parameter for target in targets]
     if any(weight.device.type != model.device.type for weight in weights):
         raise ValueError(
             f"expected all weights on {model.device} to be trained there, got some that wait on the host"
@@ -154,7 +154,7 @@ def _adapted(targets: Sequence[Target], rank: int) -> Iterator[list[torch.Tensor
     pairs = []
     with ExitStack() as undo:
         for target in targets:
-            weight = target.linear.weight
+            weight = target.weight
             down = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
             a, b = down.to(weight), weight.new_zeros(weight.shape[0], rank)
             pairs.append((a, b))
@@ -168,4 +168,4 @@ def _adapted(targets: Sequence[Target], rank: int) -> Iterator[list[torch.Tensor
         finally:
             with torch.no_grad():
                 for target, (a, b) in zip(targets, pairs, strict=True):
-                    target.linear.weight += b @ a
+                    target.weight.add_(b @ a)

@@ -215,4 +215,4 @@ def _agree(name: str, stated: float, found: float) -> bool:
 
 def _weights(original: Any) -> dict[str, Any]:
     stack = find_stack(original)
-    return {f"{t.name}.weight": t.linear.weight.detach() for t in stack.targets(len(stack.mlps) - 1)}
+    return {f"{t.name}.weight": t.parameter.detach() for t in stack.targets(len(stack.mlps) - 1)}

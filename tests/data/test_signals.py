@@ -102,11 +102,12 @@ def lines_of(function):
             seen.append(frame.f_lineno)
         return trace
 
+    before = sys.gettrace()
     sys.settrace(trace)
     try:
         function()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return len(seen)
 
 
@@ -128,12 +129,13 @@ def test_a_signal_at_any_line_of_it_is_neither_lost_nor_leaves_a_handler(monkeyp
                     signal.raise_signal(signal.SIGINT)
             return trace
 
+        before = sys.gettrace()
         sys.settrace(trace)
         try:
             with pytest.raises(KeyboardInterrupt):
                 hold()
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
         # A handler that an interrupt left in place passes on what comes.
         with pytest.raises(KeyboardInterrupt):
             send()

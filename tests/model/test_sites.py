@@ -71,8 +71,10 @@ def test_names_are_the_models_own(model):
 
 
 def test_refuses_models_that_it_cannot_edit():
-    with pytest.raises(ValueError, match="got none in GPT2LMHeadModel"):
-        find_stack(AutoModelForCausalLM.from_config(CONFIGS["gpt2"](n_embd=16, n_layer=2, n_head=2, vocab_size=9)))
+    with pytest.raises(ValueError, match="got none in MambaForCausalLM"):
+        find_stack(
+            AutoModelForCausalLM.from_config(CONFIGS["mamba"](hidden_size=16, num_hidden_layers=2, vocab_size=9))
+        )
     with pytest.raises(ValueError, match="on the meta device"), torch.device("meta"):
         find_stack(tiny_llama())
     tied = tiny_llama()
