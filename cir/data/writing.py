@@ -86,7 +86,7 @@ def write_folder(out: Path, fill: Callable[[Path], object], overwrite: bool = Fa
     """
     with Held(), _partial(out) as partial:
         fill(partial)
-        _finish(partial, partial / MARK)
+        _finish(partial)
         (partial / MARK).write_text(FINISHED, encoding="utf-8")
         _sync(partial / MARK, partial)
         try:
@@ -107,7 +107,7 @@ def write_file(path: str | Path, fill: Callable[[Path], object], overwrite: bool
     path = path.resolve()
     with Held(), _partial(path) as partial:
         fill(partial / path.name)
-        _finish(partial, partial / MARK)
+        _finish(partial)
         (os.replace if overwrite else _move)(partial / path.name, path)
         _sync(path.parent)
 
@@ -206,9 +206,9 @@ def _locks(descriptor: int, wait: bool) -> bool | None:
     return True
 
 
-def _finish(partial: Path, mark: Path) -> None:
+def _finish(partial: Path) -> None:
     """Modes as the process gives them to its files, whatever wrote them, and all on the disk."""
-    mode = mark.stat().st_mode & 0o777
+    mode = (partial / MARK).stat().st_mode & 0o777
     for folder, _, names in os.walk(partial, topdown=False):
         for name in names:
             os.chmod(os.path.join(folder, name), mode)

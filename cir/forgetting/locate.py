@@ -189,11 +189,12 @@ def _hooked(
 
     def seen(key: tuple[str, int]) -> Callable[..., Any]:
         def call(module: nn.Module, args: Any, output: Any) -> Any:
-            rows = output[0] if isinstance(output, tuple) else output
+            several = isinstance(output, tuple | list)
+            rows = output[0] if several else output
             changed = hook(key, rows, at.to(rows.device))
             if changed is None:
                 return None
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return type(output)([changed, *output[1:]]) if several else changed
 
         return call
 
@@ -292,11 +293,12 @@ def _interchanged(stack: Stack, layer: int, rows: Tensor, others: Tensor) -> Ite
     """Before ``layer``, the states of the tokens ``rows`` of the flattened forward are those of ``others``."""
 
     def swap(module: nn.Module, args: Any, output: Any) -> Any:
-        states = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)
+        states = output[0] if several else output
         flat = states.flatten(0, -2).clone()
         flat[rows.to(flat.device)] = states.flatten(0, -2)[others.to(flat.device)]
         flat = flat.view_as(states)
-        return (flat, *output[1:]) if isinstance(output, tuple) else flat
+        return type(output)([flat, *output[1:]]) if several else flat
 
     with ExitStack() as undo:
         if layer:  # the tokens themselves are the same

@@ -242,10 +242,21 @@ class AnswerCapture(Capture):
             if keep:
                 undo.enter_context(self._recording(hidden))
             logits = self._model(**below.inputs, use_cache=False).logits[0]
-        idle = [target.name for target in self._written if target.activation.name not in hidden.tokens]
-        if keep and idle:
-            raise ValueError(f"{idle[0]}: expected a linear that is run for every token, got one that is not")
+        if logits.ndim != 2 or len(logits) != len(counted):
+            raise ValueError(f"expected logits ({len(counted)}, vocabulary), got {tuple(logits.shape)}")
         return logits, hidden
+
+    def backward(self, loss: Tensor, hidden: Hidden) -> Tokens:
+        """As :meth:`Capture.backward`.
+
+        Raises:
+            ValueError: if a linear that is to change is not run, such as that of attention to an encoder.
+        """
+        tokens = super().backward(loss, hidden)
+        for target in self._written:
+            if target.activation.name not in tokens:
+                raise ValueError(f"{target.name}: expected a linear that is run for every token, got one that is not")
+        return tokens
 
 
 def _one_stream(hidden: Tensor) -> Tensor:

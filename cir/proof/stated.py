@@ -32,6 +32,8 @@ def check_content(content: Any) -> None:
     _settings(content["settings"])
     for name in ("method", "sources", "versions"):
         _mapping(name, content[name])
+    if not all(isinstance(value, str | int) for value in content["sources"].values()):
+        raise ValueError(f"certificate, sources: expected names and numbers, got {content['sources']!r:.80}")
     aside = content["set_aside"]
     if not isinstance(aside, list) or not all(isinstance(name, str) for name in aside) or len({*aside}) != len(aside):
         raise ValueError(f"certificate, set_aside: expected ids of facts, got {aside!r:.80}")

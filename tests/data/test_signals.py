@@ -116,6 +116,7 @@ def test_a_signal_at_any_line_of_it_is_neither_lost_nor_leaves_a_handler(monkeyp
         with Held() as held:
             held.check()
 
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     for at in range(lines_of(hold)):
         left = at
 
@@ -139,5 +140,5 @@ def test_a_signal_at_any_line_of_it_is_neither_lost_nor_leaves_a_handler(monkeyp
         # A handler that an interrupt left in place passes on what comes.
         with pytest.raises(KeyboardInterrupt):
             send()
-        for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

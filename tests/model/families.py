@@ -198,6 +198,7 @@ REASONS = {
     "expected one MLP": "several MLPs a layer",
     "run on input_ids": "layers that are run more than once",
     "further axes": "a residual stream of several",
+    "expected logits": "an LM head that predicts several tokens at once",
 }
 """What the refusals say, in the table's words."""
 

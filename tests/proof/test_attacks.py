@@ -24,7 +24,7 @@ def knowing():
 
 def test_quantized_rounds_each_group_of_64_to_its_own_levels_and_puts_the_weights_back(unchanged):
     model = knowing_llama()
-    linear = find_stack(model).mlps[0].targets[0].linear
+    linear = model.model.layers[0].self_attn.q_proj
     linear.weight = torch.nn.Parameter(torch.randn(3, 128, generator=torch.Generator().manual_seed(0)))
     before, norm = linear.weight.detach().clone(), model.model.norm.weight.detach().clone()
     unchanged(model)
