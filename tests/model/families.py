@@ -193,7 +193,7 @@ def outcome(family: str) -> str:
 REASONS = {
     "got experts in": "mixtures of experts",
     "got none in [": "layers of several kinds, some without an MLP",
-    "with an MLP of linears": "no MLP of linears in its layers (Conv1D, state-space, encoder or other blocks)",
+    "with an MLP of linears": "no MLP of linears in its layers (state-space, encoder or other blocks)",
     "run for every token": "a decoder with cross-attention, of an encoder that is not there",
     "expected one MLP": "several MLPs a layer",
     "run on input_ids": "layers that are run more than once",
