@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from cir.config import BreakingConfig, CIRConfig
 from cir.data.checks import check_number
@@ -21,10 +23,12 @@ from cir.forgetting.batches import fact_batches
 from cir.forgetting.locate import located
 from cir.forgetting.report import peak_memory
 from cir.forgetting.unlearn import unlearn
-from cir.forgetting.update import PHASE, restore, snapshot
+from cir.forgetting.update import PHASE, restore, running, snapshot
 from cir.model.sites import find_stack, unwrapped
 
 UNNAMED = "other"
+STEPS = 3
+"""Of an epoch of the default method, in which all steps are alike: what is recorded takes memory by the operation."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def profile(
 ) -> Profile:
     """Run :func:`cir.unlearn` for ``epochs`` epochs, whatever the budget, under torch's profiler.
 
-    The weights are put back. On a GPU an epoch goes before it, so that compiling kernels is not counted.
+    An epoch of the default method has :data:`STEPS` steps. The weights are put back. The same goes before, to
+    count FLOPs, and so that compiling kernels is not counted.
 
     Args:
         model, tokenizer, facts, retain, disruption, config: as for :func:`cir.unlearn`.
@@ -118,18 +123,20 @@ def profile(
     if isinstance(config, BreakingConfig):
         targets = stack.targets(config.last_updated(len(stack.mlps)))
     else:
+        config = replace(config, check_every=min(config.check_every, STEPS))
         config = located(model, tokenizer, facts, config)
         targets = stack.writers(config.first_layer(len(stack.mlps)))
     before = snapshot(targets)
     texts: dict[str, Any] = {"retain": retain, "disruption": disruption, "progress": False}
     activities = [ProfilerActivity.CPU]
     try:
+        with _Flops() as flops:
+            unlearn(model, tokenizer, facts, config=_bounded(config, epochs), **texts)
+        restore(targets, before)
         if model.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            unlearn(model, tokenizer, facts, config=_bounded(config, 1), **texts)
-            restore(targets, before)
             torch.cuda.reset_peak_memory_stats(model.device)
-        with torch_profile(activities=activities, with_flops=True) as profiler:
+        with torch_profile(activities=activities) as profiler:
             report = unlearn(model, tokenizer, facts, config=_bounded(config, epochs), **texts)
     finally:
         restore(targets, before)
@@ -137,7 +144,7 @@ def profile(
         profiler.export_chrome_trace(str(trace))
     flop, moved = _floor(model, tokenizer, facts, config)
     return Profile(
-        _phases(profiler.events() or []),
+        _phases(_recorded(profiler), flops.by_phase),
         report.seconds["total"],
         len(facts),
         epochs,
@@ -147,30 +154,50 @@ def profile(
     )
 
 
-def _phases(events: Sequence[Any]) -> tuple[Phase, ...]:
+def _recorded(profiler: Any) -> Sequence[Any]:
+    """The events as they were recorded: as torch parses them they take several times the memory and minutes."""
+    return profiler.profiler.kineto_results.events()
+
+
+class _Flops(TorchDispatchMode):
+    """FLOPs of matrix products by phase; torch's profiler keeps 30 kB an operation to count them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_phase: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            name = running[0] if running else UNNAMED
+            self.by_phase[name] = self.by_phase.get(name, 0) + count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _phases(events: Sequence[Any], flop: Mapping[str, int]) -> tuple[Phase, ...]:
     """Each operation counts for the phase whose time on the host it began in: backward has a thread of its own."""
-    named = sorted(
-        ((e.time_range.start, e.time_range.end, e.name) for e in events if e.name.startswith(PHASE)),
-        key=lambda span: (span[0], -span[1]),
-    )
-    outer: list[tuple[float, float, str]] = []
-    for span in named:
-        if not outer or span[0] >= outer[-1][1]:
-            outer.append(span)
-    starts = [start for start, _, _ in outer]
-    on_device = any(event.kernels for event in events)
-    seconds: dict[str, float] = {}
-    flop: dict[str, int] = {}
-    for start, end, name in outer:
-        seconds[name] = seconds.get(name, 0.0) + (0.0 if on_device else (end - start) / 1e6)
+    on_device: dict[int, int] = {}
+    named = []
     for event in events:
-        if not event.kernels and not event.flops:
-            continue
-        i = bisect.bisect(starts, event.time_range.start) - 1
-        name = outer[i][2] if i >= 0 and event.time_range.start < outer[i][1] else PHASE + UNNAMED
-        flop[name] = flop.get(name, 0) + int(event.flops or 0)
-        seconds[name] = seconds.get(name, 0.0) + sum(kernel.duration for kernel in event.kernels) / 1e6
-    return tuple(Phase(name.removeprefix(PHASE), spent, flop.get(name, 0)) for name, spent in seconds.items())
+        if event.device_type().name != "CPU":
+            launched_by = event.linked_correlation_id()
+            on_device[launched_by] = on_device.get(launched_by, 0) + event.duration_ns()
+        elif event.name().startswith(PHASE):
+            named.append((event.start_ns(), -event.duration_ns(), event.name().removeprefix(PHASE)))
+    outer: list[tuple[int, int, str]] = []
+    for start, minus, name in sorted(named):
+        if not outer or start >= outer[-1][1]:
+            outer.append((start, start - minus, name))
+    starts = [start for start, _, _ in outer]
+    spent: dict[str, int] = {}
+    for start, end, name in outer:
+        spent[name] = spent.get(name, 0) + (0 if on_device else end - start)
+    for event in events if on_device else ():
+        if event.device_type().name == "CPU" and (kernels := on_device.get(event.correlation_id(), 0)):
+            i = bisect.bisect(starts, event.start_ns()) - 1
+            name = outer[i][2] if i >= 0 and event.start_ns() < outer[i][1] else UNNAMED
+            spent[name] = spent.get(name, 0) + kernels
+    return tuple(Phase(name, spent.get(name, 0) / 1e9, flop.get(name, 0)) for name in {**spent, **flop})
 
 
 def _bounded(config: CIRConfig | BreakingConfig, epochs: int) -> CIRConfig | BreakingConfig:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,19 @@ PHASE = "cir::"
 """Before the names of what :func:`phase` marks."""
 
 
-def phase(name: str) -> Any:
+running: list[str] = []
+"""The phases that have begun, the outermost first."""
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
     """A context that a profiler shows by this name."""
-    return torch.profiler.record_function(PHASE + name)
+    running.append(name)
+    try:
+        with torch.profiler.record_function(PHASE + name):
+            yield
+    finally:
+        running.pop()
 
 
 def selective_step(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,22 +55,42 @@ def test_a_profile_as_table_json_and_picture(tmp_path):
 
 
 class Event:
-    def __init__(self, name, start, end, flops=0, kernels=()):
-        self.name, self.flops, self.kernels = name, flops, [type("K", (), {"duration": k})() for k in kernels]
-        self.time_range = type("Span", (), {"start": start, "end": end})()
+    """As torch records one: of the host, with an id, or of a GPU, with that of the event that launched it."""
+
+    def __init__(self, name, start, end, number=0, launched_by=0):
+        self._name, self._start, self._end = name, start, end
+        self._number, self._launched_by = number, launched_by
+
+    def __getattr__(self, name):
+        found = {
+            "name": self._name,
+            "start_ns": 1000 * self._start,
+            "duration_ns": 1000 * (self._end - self._start),
+            "correlation_id": self._number,
+            "linked_correlation_id": self._launched_by,
+            "device_type": SimpleNamespace(name="CUDA" if self._launched_by else "CPU"),
+        }[name]
+        return lambda: found
 
 
 def test_kernels_count_for_the_phase_they_were_launched_in_also_from_other_threads():
     events = [
-        Event("cir::retain", 0, 100),
-        Event("cir::forward", 10, 40),  # within: counts as retain
-        Event("cir::update", 200, 250),
-        Event("aten::mm", 20, 21, flops=5, kernels=[300]),
-        Event("MmBackward", 60, 61, flops=7, kernels=[400, 100]),
-        Event("aten::mm", 210, 211, flops=1, kernels=[1000]),
-        Event("aten::mm", 260, 261, flops=2, kernels=[10]),
+        Event("cir::retain", 0, 100, number=1),
+        Event("cir::forward", 10, 40, number=2),  # within: counts as retain
+        Event("cir::update", 200, 250, number=3),
+        Event("aten::mm", 20, 21, number=4),
+        Event("MmBackward", 60, 61, number=5),
+        Event("aten::mm", 210, 211, number=6),
+        Event("aten::mm", 260, 261, number=7),
+        Event("gemm", 300, 600, launched_by=4),
+        Event("gemm", 600, 1000, launched_by=5),
+        Event("memset", 1000, 1100, launched_by=5),
+        Event("gemm", 1100, 2100, launched_by=6),
+        Event("gemm", 2100, 2110, launched_by=7),
     ]
-    found = {phase.name: (phase.seconds, phase.flop) for phase in _phases(events)}
+    found = {
+        phase.name: (phase.seconds, phase.flop) for phase in _phases(events, {"retain": 12, "update": 1, "other": 2})
+    }
     assert found == {
         "retain": (pytest.approx(800e-6), 12),
         "update": (pytest.approx(1e-3), 1),
