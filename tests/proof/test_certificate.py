@@ -82,6 +82,11 @@ def test_alterations_are_found_or_named_as_unverified():
     assert sweep(0.25) == (14, [])
 
 
+def test_a_verification_that_compares_no_figures_is_found(monkeypatch):
+    monkeypatch.setattr("cir.proof.verification._compared", lambda *_: [])
+    assert sweep(0.25)[1]
+
+
 def test_the_page_shows_every_figure_and_hides_no_markup(certified, tmp_path):
     certificate = certified[3]
     content = json.loads(json.dumps(certificate.content))
