@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from cir.data.checks import is_number
 from cir.model.sites import Site
+from cir.system.checks import is_number
 from cir_kernels.rounding import ROUNDINGS
 
 LayerRange = tuple[float, float]

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cir.data.checks import check_number
 from cir.data.facts import Fact, load_facts
 from cir.data.sampling import Sample, spread
 from cir.data.tokens import continuation, encode, pad, windows
+from cir.system.checks import check_number
 
 
 class NonFiniteError(ArithmeticError):

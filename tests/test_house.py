@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ("cir_kernels", "cir.data"),
+    ("cir_kernels", "cir.system"),
+    ("cir.data",),
     ("cir.model", "cir.measures"),
     ("cir.config",),
     ("cir.forgetting",),

@@ -15,8 +15,8 @@ from typing import Any
 from cir.cli.inputs import Inputs, plain_text
 from cir.cli.output import Warnings, complain, say, write_json
 from cir.cli.parser import parser
-from cir.data.signals import Held, raised
-from cir.data.writing import check_file, check_output, write_file, write_folder
+from cir.system.signals import Held, raised
+from cir.system.writing import check_file, check_output, write_file, write_folder
 
 INTERRUPTED = 130
 

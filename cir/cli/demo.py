@@ -9,9 +9,9 @@ from pathlib import Path
 from cir import CIRConfig, Report, load_facts, relearn, unlearn
 from cir.data.facts import Fact
 from cir.data.shipped import DATA
-from cir.data.writing import check_output, write_folder
 from cir.measures import mean_recall, recall
 from cir.model.checkpoints import HUB_DEMO_MODEL, demo_model, load_model
+from cir.system.writing import check_output, write_folder
 
 CONFIG = CIRConfig(disruption_tokens=8192)
 

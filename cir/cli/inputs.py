@@ -11,7 +11,7 @@ from typing import Any
 from cir.data.datasets import SOURCES as DATA_SETS
 from cir.data.datasets import has_text, load_data, load_text
 from cir.data.facts import Fact, check_limit, evenly, load_facts
-from cir.data.files import MOST_TEXT, is_json, looks_like_json, named, shown, whole_text
+from cir.system.files import MOST_TEXT, is_json, looks_like_json, named, shown, whole_text
 
 SOURCES = ("facts", "data", "data_path", "limit", "neighbours", "same_subject", "related", "retain", "disruption")
 

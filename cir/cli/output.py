@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 
-from cir.data.writing import write_text
+from cir.system.writing import write_text
 
 MOST = 600
 """Characters of an error."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cir.data.facts import MOST_FACTS, Fact, check_fact, check_limit, evenly, leaking, split_facts
-from cir.data.files import brief, shown
 from cir.data.reading import TEXTS, Rows, from_hub, from_path
 from cir.data.sources.counterfact import COUNTERFACT
 from cir.data.sources.mmlu import MMLU
@@ -19,6 +18,7 @@ from cir.data.sources.text import FINEWEB_EDU, WIKITEXT
 from cir.data.sources.tofu import TOFU
 from cir.data.sources.wmdp import WMDP_BIO, WMDP_CYBER
 from cir.data.sources.zsre import ZSRE
+from cir.system.files import brief, shown
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from cir.data.files import brief, is_json, lines_of, looks_like_json, named, shown, strict_json, unfit
+from cir.system.files import brief, is_json, lines_of, looks_like_json, named, shown, strict_json, unfit
 
 MOST_FACTS = 1_000_000
 MOST_SENTENCE = 100_000

@@ -20,8 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cir.data.files import MOST_LINE, MOST_TEXT, brief, lines_of, named, strict_json, whole_text
 from cir.data.sources.source import Source
+from cir.system.files import MOST_LINE, MOST_TEXT, brief, lines_of, named, strict_json, whole_text
 
 DOCUMENTS = 1500
 """Read of a streamed text unless a limit says otherwise: about 1.5 million tokens of FineWeb-Edu."""

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cir.data.files import strict_json
 from cir.editing.edits import Edit
+from cir.system.files import strict_json
 
 NAME = "cir-edits.json"
 FORMAT = "cir-edits-1"

@@ -13,7 +13,6 @@ from cir.config import CIRConfig, EditConfig
 from cir.data.facts import Fact, load_facts, probed
 from cir.data.sampling import index, sample
 from cir.data.shipped import builtin_text
-from cir.data.signals import Held
 from cir.data.tokens import statements, windows
 from cir.editing.edits import Edit, State, add_factors, factorise
 from cir.editing.history import History
@@ -31,6 +30,7 @@ from cir.model.capture import AnswerCapture, Tokens, answering
 from cir.model.replay import Replays
 from cir.model.sites import find_stack, unwrapped
 from cir.proof.relearning import relearn as attack
+from cir.system.signals import Held
 
 UNKNOWN = 0.01
 """A fact recalled with less than this probability is not there to be forgotten."""

@@ -15,10 +15,10 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from cir.data.facts import Fact, load_facts
-from cir.data.files import strict_json
-from cir.data.writing import check_output, write_file, write_folder
 from cir.model.capture import Tokens
 from cir.model.sites import Target, find_stack, unwrapped
+from cir.system.files import strict_json
+from cir.system.writing import check_output, write_file, write_folder
 from cir_kernels import outer_norm_sq, outer_update_
 
 FORMAT = "cir-edit-1"

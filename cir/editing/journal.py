@@ -23,8 +23,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cir.data.files import strict_json
-from cir.data.writing import write_file
+from cir.system.files import strict_json
+from cir.system.writing import write_file
 
 logger = logging.getLogger(__name__)
 FORMAT = "cir-journal-1"

@@ -17,9 +17,7 @@ from tqdm.auto import tqdm
 
 from cir.config import CIRConfig, rank_at
 from cir.data.facts import Fact, load_facts
-from cir.data.files import strict_json
 from cir.data.tokens import Batch, windows
-from cir.data.writing import write_file
 from cir.forgetting.batches import chosen
 from cir.forgetting.locate import located
 from cir.forgetting.memory import TOKENS_AT_ONCE, tokens_at_once
@@ -28,6 +26,8 @@ from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
 from cir.forgetting.update import fingerprint
 from cir.model.capture import AnswerCapture, Tokens, answering
 from cir.model.sites import Target, find_stack, sites_of, unwrapped
+from cir.system.files import strict_json
+from cir.system.writing import write_file
 
 FORMAT = "cir-subspaces-2"
 GRADIENTS_EVERY = 4

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cir.config import BreakingConfig, CIRConfig
-from cir.data.checks import check_number
 from cir.data.facts import Fact, load_facts
 from cir.data.tokens import statements
 from cir.forgetting.batches import fact_batches
@@ -25,6 +24,7 @@ from cir.forgetting.report import peak_memory
 from cir.forgetting.unlearn import unlearn
 from cir.forgetting.update import PHASE, restore, running, snapshot
 from cir.model.sites import find_stack, unwrapped
+from cir.system.checks import check_number
 
 UNNAMED = "other"
 STEPS = 3

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from cir.config import BreakingConfig, CIRConfig
 from cir.data.facts import Fact, check_contrast, leaking, load_facts
 from cir.data.shipped import builtin_contrast
-from cir.data.signals import stop_on_signals
 from cir.forgetting.batches import chosen, split_text
 from cir.forgetting.budget import Best, Meter, reached
 from cir.forgetting.fitting import Subspaces, check_fitted_on, fitted
@@ -36,6 +35,7 @@ from cir.forgetting.update import fingerprint, restore
 from cir.measures import unknown_facts
 from cir.model.capture import answering
 from cir.model.sites import find_stack, unwrapped
+from cir.system.signals import stop_on_signals
 
 logger = logging.getLogger(__name__)
 

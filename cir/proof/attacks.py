@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cir.data.checks import check_number
 from cir.data.facts import Fact, Probe, check_apart, load_facts
 from cir.data.tokens import continuation, pad
 from cir.measures import Estimate, estimate, extracted, recall
 from cir.model.sites import find_stack, is_linear, matrix_of
+from cir.system.checks import check_number
 
 SHOTS = 4
 QUANTIZED_GROUP = 64

@@ -14,10 +14,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from cir.data.facts import Fact, check_apart, leaking, split_facts
-from cir.data.files import strict_json
 from cir.data.sampling import spread
 from cir.data.tokens import windows
-from cir.data.writing import MARK
 from cir.forgetting.report import hash_facts, library_versions
 from cir.forgetting.update import fingerprint_of, snapshot
 from cir.measures import WINDOW, Estimate, Reference, evaluate, reference_of, unknown_facts
@@ -26,6 +24,8 @@ from cir.proof.attacks import attack
 from cir.proof.page import page
 from cir.proof.relearning import worst_relearning
 from cir.proof.stated import FORMAT, check_content, check_signature, signature
+from cir.system.files import strict_json
+from cir.system.writing import MARK
 
 NAME, PAGE, REFERENCE = "certificate.json", "certificate.html", "certificate-reference.safetensors"
 SIGNATURE = "certificate.sig"

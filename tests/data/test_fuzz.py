@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cir import load_facts
 from cir.data.datasets import NAMES, load_data
-from cir.data.files import strict_json
+from cir.system.files import strict_json
 from tests.fuzz import examples
 
 SUFFIXES = ("jsonl", "json", "JSONL", "ndjson", "txt", "gz", "jsonl.gz", "TXT.GZ", "csv", "parquet", "x")

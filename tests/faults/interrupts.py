@@ -6,18 +6,18 @@ import copy
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cir import CIRConfig, EditConfig, Editor, Subspaces
-from cir.data import signals
 from cir.data.facts import load_facts
 from cir.editing import editor, history, journal, turns
 from cir.forgetting.update import snapshot
 from cir.model.sites import find_stack
+from cir.system import signals
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
 
 FACTS = load_facts(facts(12))
@@ -59,12 +59,14 @@ CALLS: dict[str, Callable[[Editor], Any]] = {
 }
 
 
-def lines(call: Callable[[], Any], at: int | None = None) -> list[tuple[str, int]]:
-    """Each line of what is watched that runs in ``call``, in order; at that of number ``at``, SIGINT comes."""
+def lines(
+    call: Callable[[], Any], at: int | None = None, watched: Container[str | None] = WATCHED
+) -> list[tuple[str, int]]:
+    """Each line of the files ``watched`` that runs in ``call``, in order; at that of number ``at``, SIGINT comes."""
     seen: list[tuple[str, int]] = []
 
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in WATCHED:
+        if frame.f_code.co_filename not in watched:
             return None
         if event == "line":
             seen.append((frame.f_code.co_filename, frame.f_lineno))

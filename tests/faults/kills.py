@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from cir import cli
-from cir.data import writing
-from cir.data.writing import check_file, check_output, write_file, write_folder
 from cir.editing.journal import Journal, read_journal
+from cir.system import writing
+from cir.system.writing import check_file, check_output, write_file, write_folder
 from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from cir.data.signals import Held
 from cir.editing import journal
+from cir.system.signals import Held
 from tests.faults import interrupts, journals
 from tests.faults.__main__ import main
 
@@ -35,7 +35,7 @@ def test_a_journal_that_drops_what_does_not_check_is_found(monkeypatch):
 
 # In a process of its own: a fork must have no other threads.
 KILLS = """
-from cir.data import writing
+from cir.system import writing
 from tests.faults import kills
 {change}
 print(kills.sweep({count}, {runs}))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cir.data.facts import Fact, Probe
-from cir.data.files import brief, shown
+from cir.system.files import brief, shown
 
 QUESTION = "Q: {}\nA:"
 """How a question is asked; its answer follows after a space."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cir.data import writing
-from cir.data.writing import check_file, check_output, write_file, write_folder, write_text
+from cir.system import writing
+from cir.system.writing import check_file, check_output, write_file, write_folder, write_text
 
 
 def fill(text="whole"):
@@ -96,7 +96,7 @@ def test_a_signal_waits_until_all_is_in_place(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from cir.data import writing
+from cir.system import writing
 def fill(folder):
     (folder / "model").write_text("whole")
     if {where!r} == "fill":

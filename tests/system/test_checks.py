@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cir.data.checks import check_number
 from cir.measures import evaluate
 from cir.proof.attacks import attack
 from cir.proof.relearning import relearn
+from cir.system.checks import check_number
 from tests.tiny import facts, tiny_llama, word_tokenizer
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from cir import load_facts
 from cir.cli.inputs import plain_text
 from cir.data.datasets import load_data
-from cir.data.files import brief, lines_of, looks_like_json, shown, strict_json, whole_text
+from cir.system.files import brief, lines_of, looks_like_json, shown, strict_json, whole_text
 
 LINE = '{"question": "Is it caf\u00e9?", "answer": "yes", "sentences": ["It is a caf\u00e9."]}\n'
 
@@ -125,7 +125,7 @@ class Endless(io.RawIOBase):
 
 def test_an_enormous_line_is_not_read_whole(monkeypatch, tmp_path):
     endless = Endless()
-    monkeypatch.setattr("cir.data.files._opened", lambda path: io.BufferedReader(endless))
+    monkeypatch.setattr("cir.system.files._opened", lambda path: io.BufferedReader(endless))
     with pytest.raises(ValueError, match=r"a.jsonl, line 1: expected at most 1,048,576 characters a line, got more"):
         load_facts(tmp_path / "a.jsonl")
     assert endless.given > 2**20

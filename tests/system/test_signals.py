@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 
 import pytest
 
-from cir.data import signals
-from cir.data.signals import SIGNALS, Held, Terminated, raised, stop_on_signals
+from cir.system import signals
+from cir.system.signals import SIGNALS, Held, Terminated, raised, stop_on_signals
+from tests.faults.interrupts import lines
 
 
 def send(number=signal.SIGINT):
@@ -91,52 +91,15 @@ def test_sigterm_is_an_exception_where_that_was_asked():
         send(signal.SIGTERM)
 
 
-def lines_of(function):
-    """How many lines of the module run in ``function``."""
-    seen = []
-
-    def trace(frame, event, _):
-        if frame.f_code.co_filename != signals.__file__:
-            return None
-        if event == "line":
-            seen.append(frame.f_lineno)
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    finally:
-        sys.settrace(before)
-    return len(seen)
-
-
-def test_a_signal_at_any_line_of_it_is_neither_lost_nor_leaves_a_handler(monkeypatch):
+def test_a_signal_at_any_line_of_it_is_neither_lost_nor_leaves_a_handler():
     def hold():
         with Held() as held:
             held.check()
 
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    for at in range(lines_of(hold)):
-        left = at
-
-        def trace(frame, event, _):
-            nonlocal left
-            if frame.f_code.co_filename != signals.__file__:
-                return None
-            if event == "line":
-                left -= 1
-                if left == -1:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                hold()
-        finally:
-            sys.settrace(before)
+    for at in range(len(lines(hold, watched=[signals.__file__]))):
+        with pytest.raises(KeyboardInterrupt):
+            lines(hold, at, [signals.__file__])
         # A handler that an interrupt left in place passes on what comes.
         with pytest.raises(KeyboardInterrupt):
             send()

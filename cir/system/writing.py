@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from cir.data.signals import Held
+from cir.system.signals import Held
 
 logger = logging.getLogger(__name__)
 MARK = ".cir"
