@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ def _number(kind: Callable[[str], Any], what: str, least: float) -> Callable[[st
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value >= least):
+        if not least <= value <= sys.maxsize:
             raise argparse.ArgumentTypeError(f"expected {what}, got {text[:80]!r}")
         return value
 

@@ -103,7 +103,7 @@ class Editor:
         self._index = index(self._rows)
         self._base = base = snapshot(self._targets)
         self._history = History(self.fingerprint)
-        self._turns, self._broken = Turns(), ""
+        self._turns, self._broken = Turns(), False
         self._journal = None if journal is None else Journal(journal, self.fingerprint, self.config.rounding, key)
         try:
             if self._journal is not None:
@@ -237,7 +237,7 @@ class Editor:
         with Held() as held, self._turns.taken(held.check):
             if self._broken:
                 raise RuntimeError(
-                    f"expected a model as its edits make it, got one that {self._broken}: load it again"
+                    "expected a model as its edits make it, got one that could not be brought back: load it again"
                 )
             yield held
 
@@ -247,9 +247,9 @@ class Editor:
         try:
             yield
         except BaseException:
-            self._broken = "could not be brought back"
+            self._broken = True
             self._write(self._history.active)
-            self._broken = ""
+            self._broken = False
             raise
 
     def _forget(self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State, held: Held) -> Edit:

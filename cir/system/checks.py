@@ -9,7 +9,9 @@ from typing import Any
 
 def is_number(value: Any, whole: bool = True) -> bool:
     """Whether it is finite, and ``whole`` where that is asked; a truth value is no number."""
-    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        return False
+    return isinstance(value, Integral) or math.isfinite(value)  # which does not take a whole number beyond all floats
 
 
 def check_number(name: str, value: Any, least: float, whole: bool = True) -> None:

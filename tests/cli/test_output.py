@@ -60,6 +60,7 @@ def test_whatever_fails_is_one_line(monkeypatch, capsys, error, said, status):
     [
         (["attack", "--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got '0'"),
         (["attack", "--epochs", "1.5"], "argument --epochs: expected a whole number of at least 1, got '1.5'"),
+        (["attack", "--epochs", "9" * 400], "argument --epochs: expected a whole number of at least 1, got '999"),
         (["attack", "--lr", "nan"], "argument --lr: expected a positive number, got 'nan'"),
         (["eval", "--generate", "-1"], "argument --generate: expected a whole number of at least 0, got '-1'"),
     ],

@@ -17,7 +17,7 @@ def test_what_is_no_count_is_refused(wrong):
 
 
 def test_numbers_are_taken():
-    for right in (1, np.int64(2)):
+    for right in (1, np.int64(2), 10**400):
         check_number("count", right, 1)
     for right in (0, 0.5, np.float32(0.5)):
         check_number("rate", right, 0, whole=False)
