@@ -22,12 +22,14 @@ from cir.system.writing import check_file, check_output, write_file, write_folde
 from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+FOLDER = 0.03
+"""Seconds that a folder takes, with its process, on a machine that is not busy."""
 FILES = {"config.json", "generation_config.json", "model.safetensors", "report.json", "tokenizer.json"}
 """Of a checkpoint, with others."""
 
 
-def killed(work: Callable[[int], None], after: float, number: signal.Signals) -> bytes:
-    """Run ``work`` in a process of its own and kill it after that many seconds; what it wrote to its pipe."""
+def killed(work: Callable[[int], None], after: float | None, number: signal.Signals) -> bytes:
+    """Run ``work`` in a process of its own and kill it after that many seconds, if any; what it wrote to its pipe."""
     reader, writer = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     child = os.fork()
@@ -45,11 +47,26 @@ def killed(work: Callable[[int], None], after: float, number: signal.Signals) ->
         os._exit(0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.close(writer)
-    time.sleep(after)
-    os.kill(child, number)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, number)
     os.waitpid(child, 0)
     with os.fdopen(reader, "rb") as pipe:
         return pipe.read()
+
+
+class Moments(random.Random):
+    """To kill at, within the time that the work takes on this machine as busy as it is."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        with tempfile.TemporaryDirectory() as place:
+            started = time.perf_counter()
+            killed(lambda _: write_folder(Path(place) / "out", _fill("new")) and None, None, signal.SIGKILL)
+            self._pace = max(1.0, (time.perf_counter() - started) / FOLDER)
+
+    def within(self, seconds: float) -> float:
+        return self._pace * self.uniform(0, seconds)
 
 
 def _fill(text: str) -> Callable[[Path], None]:
@@ -67,7 +84,7 @@ def _whole(folder: Path) -> str:
     return text[:3] if text == text[:3] * 20000 else ""
 
 
-def a_folder(place: Path, chance: random.Random, number: signal.Signals) -> str:
+def a_folder(place: Path, chance: Moments, number: signal.Signals) -> str:
     """Killed while it replaces one folder by another."""
     out = write_folder(place / "out", _fill("old"))
 
@@ -81,7 +98,7 @@ def a_folder(place: Path, chance: random.Random, number: signal.Signals) -> str:
         writing._put = told  # type: ignore[assignment]
         write_folder(out, _fill("new"), overwrite=True)
 
-    finished = killed(work, chance.uniform(0, 0.03), number)
+    finished = killed(work, chance.within(0.03), number)
     if _whole(out) not in ("old", "new"):
         return "half of a folder was there"
     check_output(out, True)
@@ -93,17 +110,17 @@ def a_folder(place: Path, chance: random.Random, number: signal.Signals) -> str:
     return ""
 
 
-def a_file(place: Path, chance: random.Random, number: signal.Signals) -> str:
+def a_file(place: Path, chance: Moments, number: signal.Signals) -> str:
     path = place / "file"
     path.write_text("old" * 1000)
-    killed(lambda _: write_file(path, lambda p: p.write_text("new" * 200000)), chance.uniform(0, 0.02), number)
+    killed(lambda _: write_file(path, lambda p: p.write_text("new" * 200000)), chance.within(0.02), number)
     if path.read_text() not in ("old" * 1000, "new" * 200000):
         return "half of a file was there"
     check_file(path)
     return "" if os.listdir(place) == ["file"] else f"the next start left {os.listdir(place)}"
 
 
-def a_journal(place: Path, chance: random.Random, number: signal.Signals) -> str:
+def a_journal(place: Path, chance: Moments, number: signal.Signals) -> str:
     """Killed while it appends: what it was told is on the disk stays."""
     path, payload = place / "journal", os.urandom(50000)
 
@@ -113,7 +130,7 @@ def a_journal(place: Path, chance: random.Random, number: signal.Signals) -> str
             journal.append("edit", {"id": str(at)}, payload)
             os.write(pipe, b".")
 
-    said = len(killed(work, chance.uniform(0, 0.1), number))
+    said = len(killed(work, chance.within(0.1), number))
     if not path.exists():
         return "what was recorded is lost" if said else ""
     journal = Journal(path, "f" * 64)
@@ -127,7 +144,7 @@ def a_journal(place: Path, chance: random.Random, number: signal.Signals) -> str
     return f"the next start left {left}" if left else ""
 
 
-def a_run(place: Path, chance: random.Random, number: signal.Signals) -> str:
+def a_run(place: Path, chance: Moments, number: signal.Signals) -> str:
     """`cir unlearn`, killed at any moment."""
     inputs, out = place / "in", place / "out"
     tiny_llama(hidden_size=160, intermediate_size=192).save_pretrained(inputs)
@@ -141,7 +158,7 @@ def a_run(place: Path, chance: random.Random, number: signal.Signals) -> str:
         status = cli.main(["unlearn", "--model", str(inputs), "--out", str(out), *options])
         os.write(pipe, b"finished" if status in (0, 130) and out.exists() else b"")
 
-    finished = killed(work, chance.uniform(0, 3), number)
+    finished = killed(work, chance.within(3), number)
     if out.exists() and not {path.name for path in out.iterdir()} >= FILES:
         return f"half of a checkpoint was there: {os.listdir(out)}"
     if finished and not out.exists():
@@ -154,7 +171,8 @@ def a_run(place: Path, chance: random.Random, number: signal.Signals) -> str:
 def sweep(count: int, runs: int, seed: int = 0) -> tuple[int, list[str]]:
     """How many processes were killed, ``count`` that write and ``runs`` of the command, and what was wrong after."""
     torch.set_num_threads(1)  # a fork has no other threads
-    chance, wrong = random.Random(seed), []
+    chance = Moments(seed)
+    wrong = []
     trials = [*[(a_folder, a_file, a_journal)[at % 3] for at in range(count)], *[a_run] * runs]
     for at, trial in enumerate(trials):
         with tempfile.TemporaryDirectory() as place:
