@@ -121,3 +121,10 @@ def test_kernels_and_their_pytorch_forms_agree_in_bfloat16(tokenizer, monkeypatc
     ]
     assert float(total) > 0
     assert float(torch.stack(apart).norm() / total) < 0.2
+
+
+def test_a_profile_counts_the_kernels_of_each_phase(tokenizer):
+    found = cir.profile(tiny_llama(torch.bfloat16).cuda(), tokenizer, facts(), retain=TEXT, config=PAIRS)
+    seconds = {phase.name: phase.seconds for phase in found.phases}
+    assert all(seconds[name] > 0 for name in ("forward, backward", "relearn", "update"))
+    assert sum(seconds.values()) < found.seconds
