@@ -49,8 +49,8 @@ PARTS = [
     ),
     Part("default", 110, ("bench.step", "--tasks", "unlearn:ours", "edit:ours")),
     Part("kernels", 45, ("bench.kernels", "--seconds", "35")),
-    Part("paper", 130, ("bench.step", "--tasks", "W1:eager", "W1:ours")),
-    Part("others", 140, ("bench.step", "--tasks", "W1:saving", "W1:ascent", "W1:trimmed")),
+    Part("paper", 150, ("bench.step", "--tasks", "W1:eager", "W1:ours")),
+    Part("saving", 115, ("bench.step", "--tasks", "W1:saving")),
 ]
 
 

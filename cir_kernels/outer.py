@@ -16,6 +16,8 @@ from cir_kernels.rounding import ROUNDINGS, dithered, divided, hashed, joined, l
 
 FEW_ROWS = 512
 """Of which Gram matrices in float32 take a GPU less time than reading and writing the product in bfloat16."""
+MANY_ENTRIES = 2**18
+"""Of a product, over which its rounding to bfloat16 averages out: their sum of squares is off by 1e-5 and less."""
 Group = tuple[Sequence[Tensor], Tensor]
 """Output gradients G (T, D_out) of the linears that read one input, and that input A (T, D_in)."""
 
@@ -24,7 +26,8 @@ def outer_norm_sq(groups: Sequence[Group]) -> Tensor:
     """Sum over ``groups`` and their gradients of ||G^T A||_F^2, by products of the library, with little memory.
 
     ||G^T A||^2 = sum((G G^T) * (A A^T)) costs two T x T Gram matrices; where T is so large that the products G^T A
-    themselves are fewer operations, or a GPU forms them in bfloat16 in less time, these are formed, by blocks.
+    themselves are fewer operations, or a GPU forms them in bfloat16 in less time, these are formed, by blocks. They
+    are rounded to bfloat16 only where they have so many entries that it does not show.
 
     Returns:
         A float64 scalar tensor on the device of the first input; zero for T = 0. Sums are ordered.
@@ -39,11 +42,13 @@ def outer_norm_sq(groups: Sequence[Group]) -> Tensor:
             raise ValueError("groups: expected at least one gradient beside each input, got none")
         for g in grads:
             _check_pair(g, a)
+        d_in, d_out = a.shape[1], sum(g.shape[1] for g in grads)
         tensor_cores = a.is_cuda and a.dtype == torch.bfloat16
-        gram = uses_gram(len(a), a.shape[1], sum(g.shape[1] for g in grads)) and not (
-            tensor_cores and len(a) > FEW_ROWS
-        )
-        totals.append((reference.outer_norm_sq_gram if gram else reference.outer_norm_sq_direct)(grads, a))
+        rounded = tensor_cores and len(a) > FEW_ROWS and d_in * d_out >= MANY_ENTRIES
+        if uses_gram(len(a), d_in, d_out) and not rounded:
+            totals.append(reference.outer_norm_sq_gram(grads, a))
+        else:
+            totals.append(reference.outer_norm_sq_direct(grads, a, rounded))
     if not totals:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([total.to(totals[0].device) for total in totals]).sum()

@@ -101,12 +101,12 @@ def outer_norm_sq_gram(grads: Sequence[Tensor], a: Tensor) -> Tensor:
     return total.clamp_min(0)
 
 
-def outer_norm_sq_direct(grads: Sequence[Tensor], a: Tensor) -> Tensor:
+def outer_norm_sq_direct(grads: Sequence[Tensor], a: Tensor, rounded: bool = False) -> Tensor:
     """Sum over G of ||G^T A||_F^2 from the D_out x D_in products, for T above the widths.
 
-    On a GPU products of bfloat16 are rounded to it: by 2^-9 of each entry, which is 2^-18 of the norm.
+    ``rounded``: to the dtype of the inputs, of bfloat16 by 2^-9 of each entry, which is 2^-18 of the norm of many.
     """
-    dtype = a.dtype if a.is_cuda and a.dtype == torch.bfloat16 else _compute_dtype(a.dtype)
+    dtype = a.dtype if rounded else _compute_dtype(a.dtype)
     a, total = a.to(dtype), a.new_zeros((), dtype=torch.float64)
     for g in grads:
         for start in range(0, g.shape[1], 1024):

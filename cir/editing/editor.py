@@ -23,7 +23,7 @@ from cir.forgetting.budget import RETREATS
 from cir.forgetting.fitting import Subspaces, check_fitted_on
 from cir.forgetting.forgetter import Forgetter, Step
 from cir.forgetting.memory import tokens_at_once
-from cir.forgetting.questions import Probed, Questions, questions
+from cir.forgetting.questions import Probed, Sentence, sentences
 from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import WINDOW, recall
 from cir.model.capture import AnswerCapture, Tokens, answering
@@ -87,7 +87,7 @@ class Editor:
         self._model = model = unwrapped(model)
         self._tokenizer, self._subspaces = tokenizer, subspaces.to(model.device)
         self._contrast = subspaces.contrast
-        self._asked: list[Questions] | None = None
+        self._told: list[Sentence] | None = None
         self._watched: Probed | None = None
         self._replays = Replays()
         self.config = config or EditConfig()
@@ -301,9 +301,9 @@ class Editor:
         settings = CIRConfig(dose=config.dose, rounding=config.rounding, max_length=config.max_length)
         kept: list[Update] = []
         floor = settings.floor
-        if self._asked is None:  # once: what they are compared by, no edit changes
+        if self._told is None:  # once: what they are compared by, no edit changes
             length, at_once = config.max_length, tokens_at_once(tape.device)
-            self._asked = questions(tape, self._tokenizer, self._contrast, max_length=length, at_once=at_once)
+            self._told = sentences(tape, self._tokenizer, self._contrast, max_length=length, at_once=at_once)
         forgetter = Forgetter(
             tape,
             self._targets,
@@ -311,8 +311,7 @@ class Editor:
             [fact],
             self._subspaces,
             settings,
-            self._contrast,
-            self._asked,
+            self._told,
             replays=self._replays,
         )
         while len(kept) < config.max_steps:

@@ -24,6 +24,8 @@ from cir_kernels import outer_norm_sq, outer_update_
 FORMAT = "cir-edit-1"
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By linear: B (r, D_out) and A (r, D_in), of which B^T A is added to its weight."""
+ENTRIES = 2**24
+"""Of rows that are factorised at once, in float64: of linears of one shape, as each of them takes many launches."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Edit:
             raise ValueError(f"expected a rank of at least 1 or an energy in (0, 1], got {rank or energy}")
         most = self.rank if rank is None else rank
         smaller = {
-            name: _truncated(b, a, most, 1.0 if energy is None else energy) for name, (b, a) in self.factors.items()
+            name: _truncated(b[None], a[None], most, 1.0 if energy is None else energy)[0]
+            for name, (b, a) in self.factors.items()
         }
         held = _norm_sq(smaller.values()) / max(_norm_sq(self.factors.values()), 1e-300)
         return replace(self, factors=smaller, energy=self.energy * min(1.0, held))
@@ -243,40 +246,49 @@ def factorise(
     Returns:
         The factors, in the dtype of the weights, and the share of the squared norm that they hold.
     """
-    factors: Factors = {}
-    pairs = []
+    alike: dict[tuple[Any, ...], list[Target]] = {}
     for target in targets:
-        g = torch.cat([tokens[target.gradient.name].float() * scale for tokens, scale in updates])
-        a = torch.cat([tokens[target.activation.name].float() for tokens, _ in updates])
-        pairs.append((g, a))
-        b, a_r = _truncated(g, a, rank, energy)
-        dtype = target.weight.dtype
-        factors[target.name] = b.to(dtype), a_r.to(dtype)
-    return factors, min(1.0, _norm_sq(factors.values()) / max(_norm_sq(pairs), 1e-300))
+        alike.setdefault((target.weight.shape, target.weight.dtype, target.weight.device), []).append(target)
+    found: Factors = {}
+    whole = 0.0
+    rows = sum(len(tokens[targets[0].activation.name]) for tokens, _ in updates)
+    for (shape, dtype, _), same in alike.items():
+        few = max(1, ENTRIES // max(rows * sum(shape), 1))
+        for some in (same[i : i + few] for i in range(0, len(same), few)):
+            g = torch.stack([torch.cat([t[s.gradient.name].float() * scale for t, scale in updates]) for s in some])
+            a = torch.stack([torch.cat([t[s.activation.name].float() for t, _ in updates]) for s in some])
+            whole += _norm_sq(zip(g, a, strict=True))
+            pairs = zip(some, _truncated(g, a, rank, energy), strict=True)
+            found |= {target.name: (b.to(dtype), kept.to(dtype)) for target, (b, kept) in pairs}
+    factors = {target.name: found[target.name] for target in targets}
+    return factors, min(1.0, _norm_sq(factors.values()) / max(whole, 1e-300))
 
 
-def _truncated(g: Tensor, a: Tensor, rank: int, energy: float) -> tuple[Tensor, Tensor]:
-    """B (r, D_out), A (r, D_in) of the leading singular vectors of sum G^T A, from products with thin matrices.
+def _truncated(g: Tensor, a: Tensor, rank: int, energy: float) -> list[tuple[Tensor, Tensor]]:
+    """For each of G (N, T, D_out) and A (N, T, D_in), B (r, D_out) and A (r, D_in) of the leading singular vectors of
+    G^T A, from products with thin matrices.
 
     Randomised subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4): G^T A is never formed, as its
     factors have a row for every token of every step. What is small is solved on the host, in one transfer.
     """
     g, a = g.double(), a.double()
-    columns = min(rank + 16, *g.shape, *a.shape)
+    columns = min(rank + 16, *g.shape[1:], *a.shape[1:])
     generator = torch.Generator(a.device).manual_seed(0)
-    right = torch.randn(columns, a.shape[1], generator=generator, device=a.device).to(a)
+    right = torch.randn(columns, a.shape[2], generator=generator, device=a.device).to(a)
     for _ in range(2):
-        left = _orthonormal((right @ a.T) @ g)
-        right = _orthonormal(product := (left @ g.T) @ a)
-    squared, turns = torch.linalg.eigh((product @ product.T).cpu())
-    squared, turns = squared.flip(0).clamp_min(0), turns.flip(1)
-    held = squared.cumsum(0)
-    enough = int((held < energy * held[-1]).sum()) + 1
-    kept = min(rank, enough, len(squared))
-    root = squared[:kept].pow(0.25)
+        left = _orthonormal((right @ a.mT) @ g)
+        right = _orthonormal(product := (left @ g.mT) @ a)
+    squared, turns = torch.linalg.eigh((product @ product.mT).cpu())
+    squared, turns = squared.flip(1).clamp_min(0), turns.flip(2)
+    held = squared.cumsum(1)
+    enough = (held < energy * held[:, -1:]).sum(1) + 1
+    root = squared.pow(0.25)
     inverse = torch.where(root > 0, 1 / root, 0)
-    of_left, of_product = (((scale * turns[:, :kept]).T).to(left) for scale in (root, inverse))
-    return (of_left @ left).float(), (of_product @ product).float()
+    of_left, of_product = (
+        (scale[:, None] * turns).mT.to(left) @ rows for scale, rows in ((root, left), (inverse, product))
+    )
+    most = [min(rank, count, columns) for count in enough.tolist()]
+    return [(b[:kept].float(), c[:kept].float()) for b, c, kept in zip(of_left, of_product, most, strict=True)]
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
@@ -284,8 +296,9 @@ def _orthonormal(rows: Tensor) -> Tensor:
     factors twice, as one alone is off by the square of the condition, and many times faster than QR on a GPU.
     """
     for _ in range(2):
-        gram = rows @ rows.T
-        gram.diagonal().add_(1e-14 * gram.trace() + 1e-300)
+        gram = rows @ rows.mT
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(1e-14 * diagonal.sum(-1, keepdim=True) + 1e-300)
         factor, _ = torch.linalg.cholesky_ex(gram)
         rows = torch.linalg.solve_triangular(factor, rows, upper=False)
     return rows

@@ -54,8 +54,8 @@ class Forgetter:
         tokenizer: of the model. facts: to be forgotten.
         common: what is collapsed, of :meth:`cir.Subspaces.fit`.
         config: see :class:`CIRConfig`.
-        contrast: facts that must stay, of which the most alike are relearned where a fact is alone in its step.
-        asked: what is asked of them.
+        contrast: what is told of facts that must stay, of which the most alike are relearned where a fact is alone in
+            its step.
         at_once: tokens of a step in one forward and backward; by default what suits the device.
         replays: of earlier steps on the model, if any.
     """
@@ -68,8 +68,7 @@ class Forgetter:
         facts: Sequence[Fact],
         common: SiteSubspaces,
         config: CIRConfig,
-        contrast: Sequence[Fact] = (),
-        asked: Sequence[Questions] = (),
+        contrast: Sequence[Sentence] = (),
         at_once: int | None = None,
         replays: Replays | None = None,
     ) -> None:
@@ -97,7 +96,7 @@ class Forgetter:
             self._batches = [[ask(tape, [s for i in part for s in own[i]], at_once) for part in of] for of in parts]
             self._peers: list[Questions] = []
             if contrast and config.relearning_steps and min(map(len, batches)) == 1:
-                self._peers = peers(tape, tokenizer, contrast, self.asked, asked, max_length=config.max_length)
+                self._peers = peers(tape, contrast, self.asked)
 
     @property
     def asked(self) -> list[Questions]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,8 +171,19 @@ class _Flops(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             name = running[0] if running else UNNAMED
-            self.by_phase[name] = self.by_phase.get(name, 0) + count(*args, **(kwargs or {}), out_val=out)
+            heads = _of_as_many_heads(args) if "attention" in func._schema.name else args
+            self.by_phase[name] = self.by_phase.get(name, 0) + count(*heads, **(kwargs or {}), out_val=out)
         return out
+
+
+def _of_as_many_heads(args: Sequence[Any]) -> list[Any]:
+    """Attention's arguments as torch's formulas take them, which refuse keys (B, H, N, D) of fewer heads."""
+    heads = [x.shape[1] if isinstance(x, Tensor) and x.ndim == 4 else 0 for x in args]
+    most = max(heads, default=0)
+    return [
+        x.new_empty(()).expand(len(x), most, *x.shape[2:]) if 0 < own < most else x
+        for x, own in zip(args, heads, strict=True)
+    ]
 
 
 def _phases(events: Sequence[Any], flop: Mapping[str, int]) -> tuple[Phase, ...]:

@@ -146,6 +146,16 @@ class Sentence:
     statement: Statement
     hidden: Tensor | None
 
+    @property
+    def owners(self) -> Tensor:
+        return torch.full((len(self.statement.told),), self.owner)
+
+    @property
+    def states(self) -> Tensor | None:
+        """As those of :class:`Questions`."""
+        places = torch.tensor(list(self.statement.told))
+        return None if self.hidden is None else self.hidden[(places - 1).to(self.hidden.device)]
+
 
 def questions(
     tape: AnswerCapture, tokenizer: Any, facts: Sequence[Fact], *, max_length: int, at_once: int
@@ -210,13 +220,14 @@ def _in_one_forward(parts: Sequence[Questions]) -> Questions:
     return Questions(whole, torch.cat(at), answers, owners)
 
 
-def likeness(facts: Sequence[Questions], others: Sequence[Questions]) -> Tensor | None:
+def likeness(facts: Sequence[Questions], others: Sequence[Questions | Sentence]) -> Tensor | None:
     """(F, O) highest cosine of the states of two facts' tokens, each side in the order of its facts' numbers; None
     where all layers change. Before these, states tell of the relation alone, see
     :func:`cir.forgetting.locate.pair_layer`.
     """
     sides = []
-    for side in (facts, others):
+    pair: tuple[Sequence[Questions | Sentence], ...] = facts, others
+    for side in pair:
         states = [part.states for part in side]
         if not states or any(rows is None for rows in states):
             return None
@@ -231,21 +242,13 @@ def likeness(facts: Sequence[Questions], others: Sequence[Questions]) -> Tensor 
     return best.scatter_reduce(0, pairs, cosines, "amax").view(-1, count)
 
 
-def peers(
-    tape: AnswerCapture,
-    tokenizer: Any,
-    contrast: Sequence[Fact],
-    facts: Sequence[Questions],
-    others: Sequence[Questions],
-    *,
-    max_length: int,
-) -> list[Questions]:
-    """A sentence each of the :data:`PEERS` facts of ``contrast``, as ``others``, that are most like ``facts``."""
-    alike = likeness(facts, others)
-    order = range(len(contrast)) if alike is None else alike.amax(0).argsort(descending=True).tolist()
-    chosen = [replace(contrast[i], sentences=contrast[i].sentences[:1]) for i in order[:PEERS]]
-    at_once = PEERS * max_length  # one forward
-    return questions(tape, tokenizer, chosen, max_length=max_length, at_once=at_once)
+def peers(tape: AnswerCapture, contrast: Sequence[Sentence], facts: Sequence[Questions]) -> list[Questions]:
+    """The first sentence each of the :data:`PEERS` facts of ``contrast`` most like ``facts``, in one forward."""
+    first = {sentence.owner: sentence for sentence in reversed(contrast)}
+    alike = likeness(facts, contrast)
+    order = sorted(first) if alike is None else alike.amax(0).argsort(descending=True).tolist()
+    chosen = [first[owner] for owner in order[:PEERS]]
+    return ask(tape, chosen, sum(len(sentence.statement.ids) for sentence in chosen))
 
 
 def _read(tape: AnswerCapture, part: Sequence[tuple[int, Statement]], first: list[int]) -> list[Sentence]:

@@ -27,7 +27,7 @@ from cir.forgetting.locate import located
 from cir.forgetting.memory import fits, needed_to_forget, tokens_at_once
 from cir.forgetting.paper import plan_breaking
 from cir.forgetting.plan import Epoch, Plan, Recalls, Run
-from cir.forgetting.questions import LIKE, Probed, likeness, questions
+from cir.forgetting.questions import LIKE, Probed, ask, likeness, sentences
 from cir.forgetting.report import Clock, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.forgetting.reread import Reread
 from cir.forgetting.subspace import SiteSubspaces
@@ -147,24 +147,24 @@ def _plan(
         with answering(model, stack, first) as tape:
 
             def start() -> Epoch:
-                asked = questions(tape, tokenizer, contrast, max_length=config.max_length, at_once=need.tokens)
+                at_once = need.tokens
+                told = sentences(tape, tokenizer, contrast, max_length=config.max_length, at_once=at_once)
                 if subspaces is not None:
                     common: SiteSubspaces = subspaces.to(model.device)
                 else:
-                    common = fitted(tape, targets, rows, asked, config, at_once=need.tokens, progress=progress)
-                forgetter = Forgetter(
-                    tape, targets, tokenizer, facts, common, config, contrast, asked, at_once=need.tokens
-                )
+                    asked = ask(tape, told, at_once)
+                    common = fitted(tape, targets, rows, asked, config, at_once=at_once, progress=progress)
+                forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, told, at_once=at_once)
                 if first:  # else there are no states that tell of the relation alone
-                    _warn_of(facts, likeness(forgetter.asked, asked))
+                    _warn_of(facts, likeness(forgetter.asked, told))
                 return lambda number: forgetter.epoch(on_step, stop)
 
-            def ask(asked: Sequence[Fact]) -> Recalls:
+            def recalls(asked: Sequence[Fact]) -> Recalls:
                 return partial(Probed(tape, tokenizer, asked, tokens_at_once(model.device)).recall, tape)
 
             # Letters of multiple-choice questions are compared by the whole model.
             by_letter = any(not fact.probes and fact.choices for fact in facts)
-            yield Run(start, lambda windows: Reread(tape, windows).losses, None if by_letter else ask)
+            yield Run(start, lambda windows: Reread(tape, windows).losses, None if by_letter else recalls)
 
     epochs = -(-config.max_steps // config.check_every)
     batches = -(-len(facts) // config.batch_size)

@@ -11,7 +11,7 @@ from cir.config import CIRConfig
 from cir.data.facts import load_facts
 from cir.forgetting.fitting import fitted
 from cir.forgetting.forgetter import Forgetter, doses
-from cir.forgetting.questions import joined, likeness, peers, questions, together
+from cir.forgetting.questions import joined, likeness, peers, questions, sentences, together
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, restore, sign_step, sizes, snapshot
 from cir.measures import recall
@@ -47,6 +47,10 @@ def opened(knowing):
 
 def asked(tape, tokenizer, chosen, at_once=512):
     return questions(tape, tokenizer, chosen, max_length=64, at_once=at_once)
+
+
+def told(tape, tokenizer, chosen):
+    return sentences(tape, tokenizer, chosen, max_length=64, at_once=512)
 
 
 def read(tape, tokenizer, chosen):
@@ -99,11 +103,16 @@ def test_facts_of_one_relation_are_alike_before_the_layers_that_change(knowing, 
         assert max(alike[:3, 6].max(), alike[3, :6].max(), alike[4].max()) < 0.95
         assert likeness(own, []) is None
         monkeypatch.setattr("cir.forgetting.questions.PEERS", 2)
-        among = [others[0], *FACTS[3:5]]
-        (chosen,) = peers(tape, tokenizer, among, own[:1], asked(tape, tokenizer, among), max_length=64)
-        told = {tokenizer.convert_ids_to_tokens(int(i)) for i in chosen.answers}
-        assert {"delta3", "delta4"} <= told
-        assert "word1" not in told
+        facts = [others[0], *FACTS[3:5]]
+        among = told(tape, tokenizer, facts)
+        torch.testing.assert_close(likeness(own, among), likeness(own, asked(tape, tokenizer, facts)))
+        (chosen,) = peers(tape, among, own[:1])
+        answers = {tokenizer.convert_ids_to_tokens(int(i)) for i in chosen.answers}
+        assert {"delta3", "delta4"} <= answers
+        assert "word1" not in answers
+        # What the lower layers said of the sentences is used again.
+        first = [replace(facts[i], sentences=facts[i].sentences[:1]) for i in chosen.owners.unique_consecutive()]
+        torch.testing.assert_close(chosen.read(tape).odds, read(tape, tokenizer, first).odds, atol=1e-4, rtol=1e-4)
     with answering(model, find_stack(model), 0) as tape:
         assert likeness(asked(tape, tokenizer, others), asked(tape, tokenizer, FACTS)) is None
 
@@ -221,7 +230,7 @@ def test_relearning_is_undone_and_makes_forgetting_hold(opened):
 
 def test_where_a_fact_is_alone_contrast_facts_are_relearned(opened):
     _, tokenizer, targets, tape = opened
-    contrast = asked(tape, tokenizer, FACTS[6:])
+    contrast, sentences_of = asked(tape, tokenizer, FACTS[6:]), told(tape, tokenizer, FACTS[6:])
 
     def attacked() -> float:
         """Log-odds of the fact after contrast facts were trained on."""
@@ -234,11 +243,11 @@ def test_where_a_fact_is_alone_contrast_facts_are_relearned(opened):
         return odds
 
     found = {}
-    for relearned in ((), FACTS[6:]):
+    for relearned in ((), sentences_of):
         before = snapshot(targets)
         common = fitted(tape, targets, None, contrast, CONFIG, progress=False)
         config = replace(CONFIG, relearning_floor=-9.0, check_every=40)
-        Forgetter(tape, targets, tokenizer, FACTS[:1], common, config, relearned, contrast).epoch()
+        Forgetter(tape, targets, tokenizer, FACTS[:1], common, config, relearned).epoch()
         assert float(read(tape, tokenizer, FACTS[:1]).odds.max()) <= CONFIG.floor
         found[bool(relearned)] = attacked()
         restore(targets, before)

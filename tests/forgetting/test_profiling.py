@@ -5,9 +5,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import cir
-from cir.forgetting.profiling import Phase, Profile, _phases
+from cir.forgetting.profiling import Phase, Profile, _Flops, _phases
 from tests.forgetting.test_breaking import CONFIG
 from tests.tiny import TEXT, facts
 
@@ -39,6 +40,15 @@ def test_a_profile_names_every_phase_and_changes_nothing(model, tokenizer, uncha
     assert found.floor_bytes > 0
     with gzip.open(tmp_path / "trace.json.gz") as trace:
         assert any(event.get("name") == "cir::update" for event in json.load(trace)["traceEvents"])
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
+def test_attention_of_fewer_keys_than_queries_is_counted_as_it_is_done(name):
+    queries, keys = (torch.empty(2, heads, 5, 16, device="meta") for heads in (8, 2))
+    args = {"cudnn": (None, True), "flash": (), "efficient": (None, True)}[name]
+    with _Flops() as flops:
+        getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention")(queries, keys, keys, *args)
+    assert flops.by_phase == {"other": 2 * 2 * 8 * 5 * 5 * (16 + 16)}
 
 
 def test_a_profile_as_table_json_and_picture(tmp_path):
