@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,13 @@ def test_fewer_tokens_at_once_where_memory_is_short_and_an_error_where_none_is_e
     assert fitting.within(6000).peak == 6000
     with pytest.raises(MemoryError):
         fitting.within(3999)
+
+
+def test_more_tokens_at_once_where_a_gpu_has_room_for_twice_what_they_take(monkeypatch):
+    need = Need(held=1000, rows=100, token=10, check=500, tokens=50)
+    for device, have, tokens in (("cuda", 4201, 100), ("cuda", 4200, 50), ("cuda", 1500, 40), ("cpu", 10**6, 50)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, have=have: have)
+        assert memory.fits(SimpleNamespace(device=torch.device(device)), need).tokens == tokens
 
 
 def test_the_upper_weights_move_where_they_have_to(model, monkeypatch):
