@@ -8,12 +8,13 @@ arguments and run the one that fits, or the one that ``backend=`` or CIR_KERNELS
 from cir_kernels import _trials  # noqa: F401 (what kernels have to show on a GPU)
 from cir_kernels.collapse import collapse
 from cir_kernels.moments import Moments, accumulate_moments, new_moments
-from cir_kernels.outer import outer_norm_sq, outer_update_
+from cir_kernels.outer import Group, outer_norm_sq, outer_update_
 from cir_kernels.rounding import ROUNDINGS
 from cir_kernels.scatter import accumulate_scatter, symmetric
 
 __all__ = [
     "ROUNDINGS",
+    "Group",
     "Moments",
     "accumulate_moments",
     "accumulate_scatter",

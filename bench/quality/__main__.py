@@ -15,7 +15,7 @@ from cir.data.facts import check_apart
 from cir.data.shipped import DATA, builtin_text
 from cir.forgetting.report import hash_facts
 from cir.model.checkpoints import demo_model
-from cir.proof.relearning import RELEARNINGS
+from cir.proof.relearning import RELEARNINGS, STRONG
 
 
 def main() -> None:
@@ -37,7 +37,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=float, nargs="+", help="default: 0.001 0.003; 0.01 if --small")
     parser.add_argument("--tokens", type=int, default=32768, help="of the disruption text")
-    parser.add_argument("--attacks", nargs="+", choices=list(RELEARNINGS), default=list(RELEARNINGS))
+    parser.add_argument(
+        "--attacks",
+        nargs="+",
+        choices=[*RELEARNINGS, *STRONG, "strong"],
+        default=list(RELEARNINGS),
+        help="strong: all of that name",
+    )
     parser.add_argument("--ablate", action="store_true", help="variants of cir instead, at the last budget")
     parser.add_argument(
         "--small", action="store_true", help="one seed, one attack, every other rate of a baseline, two of its epochs"
@@ -56,11 +62,12 @@ def main() -> None:
     if arguments.small:
         arguments.seeds = arguments.seeds[:1]
     budgets = arguments.budgets or ([0.01] if arguments.small else [0.001, 0.003])
+    attacks = [name for asked in arguments.attacks for name in (STRONG if asked == "strong" else [asked])]
     task = Task(
         *(load_facts(path) for path in (arguments.relearn, arguments.probe, arguments.neighbours)),
         *texts,
         tokens=arguments.tokens,
-        attacks=tuple(arguments.attacks[:1] if arguments.small or arguments.ablate else arguments.attacks),
+        attacks=tuple(attacks[:1] if arguments.small or arguments.ablate else attacks),
         thorough=not arguments.small,
         same_subject=load_facts(arguments.same_subject) if arguments.same_subject else [],
         contrast=load_facts(arguments.contrast) if arguments.contrast else [],

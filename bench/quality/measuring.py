@@ -22,7 +22,7 @@ from cir.forgetting.report import Measure
 from cir.measures import kl_divergence, mean_recall, recall, reference_of
 from cir.model.checkpoints import load_model
 from cir.proof.attacks import few_shot, quantized
-from cir.proof.relearning import RELEARNINGS, Relearning
+from cir.proof.relearning import RELEARNINGS, STRONG, Relearning
 from cir.proof.statistics import forget_quality, paired, truth_ratios
 
 CIR = CIRConfig()
@@ -63,7 +63,7 @@ class Task:
     contrast: list[Fact] = field(default_factory=list)
     forget: list[Fact] = field(default_factory=list)
     gold: str | None = None
-    relearnings: Mapping[str, Relearning] = field(default_factory=lambda: RELEARNINGS)
+    relearnings: Mapping[str, Relearning] = field(default_factory=lambda: {**RELEARNINGS, **STRONG})
     wrong: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cir.measures import NonFiniteError
 from cir.model.capture import at_least_float32
@@ -23,6 +24,13 @@ PHASE = "cir::"
 
 running: list[str] = []
 """The phases that have begun, the outermost first."""
+
+
+class Weighted(Protocol):
+    """What has a weight of the model: a :class:`Target`, or less."""
+
+    @property
+    def parameter(self) -> nn.Parameter: ...
 
 
 @contextmanager
@@ -136,7 +144,7 @@ def _on_host(loss: Tensor | None, value: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def snapshot(targets: Sequence[Target], into: Sequence[Tensor] | None = None, near: bool = False) -> list[Tensor]:
+def snapshot(targets: Sequence[Weighted], into: Sequence[Tensor] | None = None, near: bool = False) -> list[Tensor]:
     """Copies of the target weights, on the host; in the memory of an earlier snapshot, ``into``, where given. With
     ``near``, beside the weights where their device has twice the room, from where they are back much faster.
     """
@@ -162,7 +170,7 @@ def _roomy(weights: Sequence[Tensor]) -> bool:
 
 
 @torch.no_grad()
-def restore(targets: Sequence[Target], weights: Sequence[Tensor]) -> None:
+def restore(targets: Sequence[Weighted], weights: Sequence[Tensor]) -> None:
     """Put weights taken by :func:`snapshot` back in place, bit for bit."""
     for target, weight in zip(targets, weights, strict=True):
         target.parameter.copy_(weight)

@@ -53,11 +53,12 @@ def test_attention_of_fewer_keys_than_queries_is_counted_as_it_is_done(name):
 
 def test_a_profile_as_table_json_and_picture(tmp_path):
     found = Profile(
-        (Phase("forward", 1.5, 3_000_000_000), Phase("update", 0.5, 10**9)), 2.5, 10, 2, 10**9, 10**8, 2**30
+        (Phase("forward", 1.5, 3_000_000_000), Phase("update", 0.5, 10**9)), 2.5, 10, 2, 10**9, 10**8, 2**30, "cuda"
     )
     table = found.table().splitlines()
-    assert table[1].split() == ["forward", "1.500", "150.00", "75.0%", "3.0", "2"]
-    assert table[3].split()[:2] == ["all", "2.000"]
+    assert table[0].startswith("0.200 GPU-seconds a fact")
+    assert table[2].split() == ["forward", "1.500", "150.00", "75.0%", "3.0", "2"]
+    assert table[4].split()[:2] == ["all", "2.000"]
     assert "10 facts, 2 epochs, 2.50 s" in table[-1]
     assert json.loads(found.to_json())["phases"][1]["flop"] == 10**9
     found.plot(tmp_path / "profile.png")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from cir.data.tokens import sentence_batches
 from cir.measures import recall
 from cir.model.sites import find_stack
 from cir.proof.attacks import _at_prompt_ends, attack, few_shot, linear_probe, pruned, quantized
-from cir.proof.relearning import RELEARNINGS, Relearning, relearn, sentence_loss, worst_relearning
+from cir.proof.relearning import RELEARNINGS, STRONG, Relearning, relearn, sentence_loss, worst_relearning
 from tests.tiny import facts, knowing_llama, word_tokenizer
 
 KNOWN, PROBED = load_facts(facts(12))[:8], load_facts(facts(12))[8:]
@@ -131,6 +132,31 @@ def test_relearning_by_sgd_and_by_adapters_teaches_and_is_taken_back(tokenizer, 
     relearn(model, tokenizer, fresh, fresh, epochs=8, progress=False, keep=True, **settings)
     unchanged(model, weights=False)
     assert recall(model, tokenizer, fresh)["new"] == pytest.approx(history[-1]["new"], rel=1e-3)
+
+
+def test_relearning_of_all_parameters_looks_every_few_steps_and_is_taken_back(unchanged):
+    model, tokenizer = knowing_llama(), word_tokenizer()
+    unchanged(model)
+    moved = {}
+    for everything in (False, True):
+        settings = {"steps": 7, "probe_every": 3, "lr": 1e-3, "batch_size": 2, "all_parameters": everything}
+        history = relearn(model, tokenizer, KNOWN, PROBED, **settings, progress=False)
+        assert len(history) == 1 + 3  # after 3, 6 and 7 steps
+        unchanged(model)
+        trained = copy.deepcopy(model)
+        relearn(trained, tokenizer, KNOWN, PROBED, **settings, keep=True, progress=False)
+        pairs = zip(model.named_parameters(), trained.parameters(), strict=True)
+        moved[everything] = {name for (name, before), after in pairs if not torch.equal(before, after)}
+        assert recall(trained, tokenizer, PROBED) == history[-1]
+    assert moved[True] == {name for name, _ in model.named_parameters()}
+    assert moved[False] == {name for name in moved[True] if ".mlp." in name}
+    with pytest.raises(ValueError, match="lora_rank: expected 0 where all parameters are trained, got 4"):
+        relearn(model, tokenizer, KNOWN, PROBED, lora_rank=4, all_parameters=True)
+    with pytest.raises(ValueError, match="probe_every"):
+        relearn(model, tokenizer, KNOWN, PROBED, probe_every=0)
+    assert {(s.lr, s.all_parameters) for s in STRONG.values()} == {
+        (lr, everything) for lr in (1e-5, 3e-5, 1e-4, 3e-4) for everything in (False, True)
+    }
 
 
 def test_the_loss_that_is_trained_is_that_of_each_sentence_alone(tokenizer):
