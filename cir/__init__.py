@@ -11,52 +11,75 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cir.config import CIRConfig, EditConfig
     from cir.data.facts import Fact, Probe, load_facts
-    from cir.editing.editor import EditError, Editor
+    from cir.editing.editor import Editor
     from cir.editing.edits import Edit
+    from cir.editing.errors import AlreadyForgottenError, EditError, UnknownFactError
+    from cir.forgetting.events import RoundEvent, StepEvent
     from cir.forgetting.fitting import Subspaces
     from cir.forgetting.locate import locate
     from cir.forgetting.planning import plan
     from cir.forgetting.profiling import profile
-    from cir.forgetting.report import Report
+    from cir.forgetting.report import Report, hash_facts
     from cir.forgetting.unlearn import unlearn
-    from cir.measures import evaluate
+    from cir.hub import push_to_hub
+    from cir.measures import NonFiniteError, evaluate
+    from cir.model.checkpoints import load_model
+    from cir.proof.benchmarks import benchmark
     from cir.proof.relearning import relearn
 
 _EXPORTS = {
+    "AlreadyForgottenError": "cir.editing.errors",
     "CIRConfig": "cir.config",
     "Edit": "cir.editing.edits",
     "EditConfig": "cir.config",
-    "EditError": "cir.editing.editor",
+    "EditError": "cir.editing.errors",
     "Editor": "cir.editing.editor",
     "Fact": "cir.data.facts",
+    "NonFiniteError": "cir.measures",
     "Probe": "cir.data.facts",
     "Report": "cir.forgetting.report",
+    "RoundEvent": "cir.forgetting.events",
+    "StepEvent": "cir.forgetting.events",
     "Subspaces": "cir.forgetting.fitting",
+    "UnknownFactError": "cir.editing.errors",
+    "benchmark": "cir.proof.benchmarks",
     "evaluate": "cir.measures",
+    "hash_facts": "cir.forgetting.report",
     "load_facts": "cir.data.facts",
+    "load_model": "cir.model.checkpoints",
     "locate": "cir.forgetting.locate",
     "plan": "cir.forgetting.planning",
     "profile": "cir.forgetting.profiling",
+    "push_to_hub": "cir.hub",
     "relearn": "cir.proof.relearning",
     "unlearn": "cir.forgetting.unlearn",
 }
 
 __version__ = "0.1.0"
 __all__ = [
+    "AlreadyForgottenError",
     "CIRConfig",
     "Edit",
     "EditConfig",
     "EditError",
     "Editor",
     "Fact",
+    "NonFiniteError",
     "Probe",
     "Report",
+    "RoundEvent",
+    "StepEvent",
     "Subspaces",
+    "UnknownFactError",
+    "benchmark",
     "evaluate",
+    "hash_facts",
     "load_facts",
+    "load_model",
     "locate",
     "plan",
     "profile",
+    "push_to_hub",
     "relearn",
     "unlearn",
 ]

@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import cir
 
@@ -68,14 +67,10 @@ def _measured(edit: cir.Edit) -> dict[str, float]:
 
 
 def open_editor(arguments: argparse.Namespace) -> cir.Editor:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model, tokenizer = cir.load_model(arguments.model)
     return cir.Editor(
         model,
-        AutoTokenizer.from_pretrained(arguments.model),
+        tokenizer,
         cir.Subspaces.load(arguments.subspaces, model.device),
         neighbours=arguments.neighbours,
         text=Path(arguments.text).read_text(encoding="utf-8") if arguments.text else None,
@@ -97,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 else:
                     ship(edit, out, arguments.model)
                 print(json.dumps(line), flush=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"batch: {error}", file=sys.stderr)
         return 2
     return 1 if refused else 0

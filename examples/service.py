@@ -2,27 +2,29 @@
 
     pip install fastapi uvicorn prometheus-client
     export CIR_TOKEN=secret
-    python examples/service.py --model some/llama --subspaces subspaces.safetensors --journal edits.cir
+    python -m examples.service --model some/llama --subspaces subspaces.safetensors --journal edits.cir
 
-``POST /forget``, ``/edits/{number}/undo`` and ``/edits/{number}/redo`` answer when the work is done; ``GET /edits``,
-``/metrics`` and ``/docs`` show what was done and how to ask. All but ``GET /health``, which shows no fact, need
-``Authorization: Bearer $CIR_TOKEN``. Run one process only, behind a proxy that has TLS and a time limit for headers.
-What is refused is answered with ``{"detail": "what was wrong"}``:
+``POST /forget`` answers 202 with a job, which ``GET /jobs/{id}`` shows until it is done or refused. With ``?wait=1``
+it answers when the work is done, as do ``/edits/{number}/undo`` and ``/redo``. ``POST /ask`` has the model go on from
+a prompt; ``GET /edits``, ``/metrics`` and ``/docs`` show what was done and how to ask. All but ``GET /health``, which
+shows no fact, need ``Authorization: Bearer $CIR_TOKEN``. Run one process only, behind a proxy that has TLS and a time
+limit for headers. What is refused is answered with ``{"detail": "what was wrong"}``:
 
     400  the body is not JSON in UTF-8, or has a key twice
     401  no token, or a wrong one; nothing else of the request is looked at before
-    404  no such path, or no edit of that number
+    404  no such path, no edit of that number, or no such job
     405  the path has no such method
     408  the body was not there in time
     409  the fact is forgotten already, or cannot be within the bounds; the edit is not one to undo, or to redo
     413  the body has more than 256 KiB
     415  the body is not application/json
-    422  not a fact, or one that the model never knew; not the number of an edit
+    422  not a fact, or one that the model never knew; not the number of an edit; not a prompt
     500  the service failed, and its log says how
     503  too many changes are waiting, or the journal cannot be written: try again later
 
-Done is 200, or 201 for a fact that was forgotten. uvicorn itself answers, in plain text, 400 to what is not HTTP and
-503 where there are too many connections.
+Done is 200, or 201 for a fact that was forgotten. A job that was refused is shown with 200, and says in its body with
+what status and why; jobs are gone after a restart, edits are not. uvicorn itself answers, in plain text, 400 to what
+is not HTTP and 503 where there are too many connections.
 """
 
 from __future__ import annotations
@@ -37,232 +39,122 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, generate_latest
 
 import cir
 from cir.editing.journal import JournalError
+from examples.forms import EditOut, FactIn, Health, JobName, JobOut, Number, PromptIn, RefusedOut, SaidOut, shown
+from examples.gate import Gate, Metrics, answer, answers
 
 logger = logging.getLogger(__name__)
 CONFIG_HELP = 'fields of cir.EditConfig as JSON, such as {"dose": 0.5}'
 RETRY_AFTER = "5"  # seconds, about one edit
-BODY_BYTES = 256 * 1024  # the largest fact that FactIn takes, in ASCII, has 200 kB
-SHOWN = 500  # characters of a message: some of the library's quote what was sent
 # Of the parsers that uvicorn may choose, h11 bounds the headers.
 SERVER: dict[str, Any] = {"http": "h11", "ws": "none", "limit_concurrency": 64, "timeout_keep_alive": 5}
 FAILED = "expected to do what was asked, got a failure; the log of the service says which"
 UNWRITTEN = "expected a journal that can be written, got an error; the model is as it was"
+REFUSALS = {
+    cir.EditError: (409, "out_of_bounds"),
+    cir.AlreadyForgottenError: (409, "conflict"),
+    cir.UnknownFactError: (422, "not_known"),
+}
+JOBS = 1000  # kept, the last ones: many times as many as may wait
 GUARDED = [Depends(HTTPBearer(auto_error=False))]  # for the documentation: it is the gate that checks
-Text = Annotated[str, Field(min_length=1, max_length=2000)]
-Id = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\P{Cc}+$")]  # no control characters
-Number = Annotated[int, Field(ge=1, le=10**9)]
-
-
-class ProbeIn(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    prompt: Text
-    target: Text
-
-
-class FactIn(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    id: Id
-    sentences: Annotated[list[Text], Field(min_length=1, max_length=32)]
-    probes: Annotated[list[ProbeIn], Field(max_length=32)] = []
-
-
-class EditOut(BaseModel):
-    """An edit: recall of its fact, its neighbours' recall and the rise of the text loss as measured when made."""
-
-    number: int
-    id: str
-    status: str
-    stopped: str
-    recall_before: float
-    recall_after: float
-    neighbours_before: float | None
-    neighbours_after: float | None
-    rise: float
-    rank: int
-    nbytes: int
-    seconds: float
-
-
-class Health(BaseModel):
-    ok: bool
-    fingerprint: str
-    active_edits: int
-
-
-class Refusal(BaseModel):
-    detail: str
-
-
-class Metrics:
-    def __init__(self, editor: cir.Editor) -> None:
-        self.registry = CollectorRegistry()
-        self.edits = Counter("cir_edits", "Facts forgotten.", registry=self.registry)
-        self.undos = Counter("cir_undos", "Edits undone.", registry=self.registry)
-        self.redos = Counter("cir_redos", "Edits done again.", registry=self.registry)
-        self.refusals = Counter("cir_refusals", "Requests refused.", ["reason"], registry=self.registry)
-        buckets = (0.5, 1, 2, 5, 10, 20, 60, 120, 300)
-        self.seconds = Histogram("cir_edit_seconds", "Duration of an edit.", buckets=buckets, registry=self.registry)
-        self.queue = Gauge("cir_queue_length", "Changes waiting or running.", registry=self.registry)
-        active = Gauge("cir_active_edits", "Edits in effect.", registry=self.registry)
-        active.set_function(lambda: len(editor.edits))
-
-    def refuse(self, status: int, reason: str, message: str, **headers: str) -> HTTPException:
-        self.refusals.labels(reason).inc()
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return HTTPException(status, message[:SHOWN], headers=named)
-
-
-class Gate:
-    """What a request must pass before any route sees it: the token, then size, time, type and form of its body."""
-
-    def __init__(self, app: ASGIApp, token: str, body_seconds: float, metrics: Metrics) -> None:
-        self._app, self._token, self._seconds, self._refuse = app, token.encode(), body_seconds, metrics.refuse
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        try:
-            body = [await self._admitted(scope, receive)]
-        except HTTPException as refusal:
-            # Closed, or the server would go on to read what is left of the body.
-            return await answer(refusal, Connection="close")(scope, receive, send)
-
-        async def replayed() -> Message:
-            return {"type": "http.request", "body": body.pop()} if body else await receive()
-
-        return await self._app(scope, replayed, send)
-
-    async def _admitted(self, scope: Scope, receive: Receive) -> bytes:
-        """The body of a request that may pass."""
-        request = Request(scope)
-        self._check_head(request)
-        try:
-            body = await asyncio.wait_for(self._read(receive), self._seconds)
-        except asyncio.TimeoutError:
-            raise self._refuse(408, "too_slow", f"expected the body within {self._seconds:g} s, got a part") from None
-        self._check_form(request.headers.get("content-type", ""), body)
-        return body
-
-    def _check_head(self, request: Request) -> None:
-        scheme, _, token = ", ".join(request.headers.getlist("authorization")).partition(" ")
-        right = scheme.lower() == "bearer" and secrets.compare_digest(token.strip().encode("latin-1"), self._token)
-        if not right and (request.method, request.scope["path"]) != ("GET", "/health"):
-            raise self._refuse(401, "unauthorised", "expected a valid bearer token", WWW_Authenticate="Bearer")
-        length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or len(length) > 20 or int(length) > BODY_BYTES:
-            raise self._refuse(413, "too_large", f"expected at most {BODY_BYTES} bytes, got {length[:20]} announced")
-
-    async def _read(self, receive: Receive) -> bytes:
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise self._refuse(400, "malformed", "expected a whole body, got the end of the connection")
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > BODY_BYTES:
-                raise self._refuse(413, "too_large", f"expected at most {BODY_BYTES} bytes, got more")
-        return bytes(body)
-
-    def _check_form(self, content_type: str, body: bytes) -> None:
-        if body and content_type.partition(";")[0].strip().lower() != "application/json":
-            raise self._refuse(415, "malformed", "expected a body of type application/json, got another")
-        try:
-            json.loads(body.decode() or "null", object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise self._refuse(400, "malformed", f"expected JSON in UTF-8, got {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key twice in one object")
-    return dict(pairs)
-
-
-def answer(refusal: HTTPException, **headers: str) -> JSONResponse:
-    return JSONResponse({"detail": refusal.detail}, refusal.status_code, {**(refusal.headers or {}), **headers})
-
-
-def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What the documentation of a route says of its refusals."""
-    return {status: {"model": Refusal} for status in statuses}
+Out = TypeVar("Out")
+Say = Callable[[str, int], str]  # what a model goes on with from a prompt, in so many tokens at most
 
 
 class Changes:
-    """The one thread that changes the model, and the bounded queue before it."""
+    """The one thread that changes and asks the model, the bounded queue before it, and the last jobs."""
 
     def __init__(self, editor: cir.Editor, metrics: Metrics, queue_size: int) -> None:
         self._editor, self._metrics = editor, metrics
+        self._jobs: dict[str, JobOut] = {}
         self._places = threading.BoundedSemaphore(queue_size)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cir-editor")
 
-    async def run(self, work: Callable[[], cir.Edit], refused: tuple[int, str]) -> EditOut:
-        """What ``work`` does, in its turn; its ValueError becomes ``refused``, a status and a reason."""
+    async def run(self, work: Callable[[], Out], refused: tuple[int, str]) -> Out:
+        """What ``work`` gives, in its turn; its ValueError becomes ``refused``, a status and a reason."""
+        return await asyncio.wrap_future(self._submit(partial(self._attempt, work, refused)))
+
+    def start(self, work: Callable[[], EditOut], refused: tuple[int, str]) -> JobOut:
+        """The same as a job."""
+        name = secrets.token_hex(8)
+        waiting = self._jobs[name] = JobOut(id=name, status="waiting")
+        try:
+            self._submit(partial(self._do, name, work, refused))
+        except HTTPException:
+            del self._jobs[name]
+            raise
+        while len(self._jobs) > JOBS:
+            del self._jobs[next(iter(self._jobs))]
+        return waiting
+
+    def job(self, name: str) -> JobOut:
+        if name not in self._jobs:
+            raise self._metrics.refuse(404, "unknown", f"expected one of the last {JOBS} jobs, got {name}")
+        return self._jobs[name]
+
+    def _do(self, name: str, work: Callable[[], EditOut], refused: tuple[int, str]) -> None:
+        self._jobs[name] = JobOut(id=name, status="running")
+        try:
+            outcome = JobOut(id=name, status="done", edit=self._attempt(work, refused))
+        except HTTPException as error:  # not kept itself: with it, all that its frames hold would be
+            why = RefusedOut(status=error.status_code, detail=error.detail)
+            outcome = JobOut(id=name, status="refused", refused=why)
+        self._jobs[name] = outcome
+
+    def _submit(self, work: Callable[[], Out]) -> Future[Out]:
         if not self._places.acquire(blocking=False):
             raise self._metrics.refuse(503, "queue_full", "too many edits are waiting", Retry_After=RETRY_AFTER)
         self._metrics.queue.inc()
-        future = self._thread.submit(self._attempt, work, refused)
+        future = self._thread.submit(work)
         # On the thread's future: the place is free when the work is over, not when the client has gone.
         future.add_done_callback(self._leave)
-        return await asyncio.wrap_future(future)
+        return future
 
     def close(self) -> None:
         self._thread.shutdown()
         self._editor.close()
 
-    def _attempt(self, work: Callable[[], cir.Edit], refused: tuple[int, str]) -> EditOut:
+    def _attempt(self, work: Callable[[], Out], refused: tuple[int, str]) -> Out:
         try:
-            edit = work()
-        except cir.EditError as error:
-            raise self._metrics.refuse(409, "out_of_bounds", str(error)) from error
+            return work()
+        except tuple(REFUSALS) as error:
+            why = next(why for kind, why in REFUSALS.items() if isinstance(error, kind))
+            raise self._metrics.refuse(*why, str(error)) from error
         except (OSError, JournalError) as error:
             logger.error("the journal could not be written: %s", error)
             raise self._metrics.refuse(503, "journal", UNWRITTEN, Retry_After=RETRY_AFTER) from error
         except ValueError as error:
             raise self._metrics.refuse(*refused, str(error)) from error
-        return shown(edit, {e.number: status for e, status in self._editor.history}[edit.number])
+        except Exception as error:  # not left to the server: nobody may be waiting for a job
+            logger.exception("what was asked has failed")
+            raise self._metrics.refuse(500, "failed", FAILED) from error
 
-    def _leave(self, _: Future[EditOut]) -> None:
+    def _leave(self, _: Future[Any]) -> None:
         self._metrics.queue.dec()
         self._places.release()
 
 
-def shown(edit: cir.Edit, status: str) -> EditOut:
-    return EditOut(
-        number=edit.number,
-        id=edit.id,
-        status=status,
-        stopped=edit.stopped,
-        recall_before=edit.before.recall,
-        recall_after=edit.after.recall,
-        neighbours_before=edit.before.neighbours,
-        neighbours_after=edit.after.neighbours,
-        rise=edit.after.rise,
-        rank=edit.rank,
-        nbytes=edit.nbytes,
-        seconds=edit.seconds,
-    )
-
-
-def create_app(editor: cir.Editor, *, token: str, queue_size: int = 8, body_seconds: float = 10.0) -> FastAPI:
+def create_app(
+    editor: cir.Editor, *, token: str, say: Say | None = None, queue_size: int = 8, body_seconds: float = 10.0
+) -> FastAPI:
     """The service; it closes ``editor`` when it stops.
 
     Args:
-        queue_size: changes that may wait or run. body_seconds: that a client has to send the body of a request.
+        say: answers ``POST /ask``, which is not there without it.
+        queue_size: changes and questions that may wait or run. body_seconds: that a client has to send the body of
+            a request.
 
     Raises:
         ValueError: on an empty token, a queue without a place, or no time.
@@ -292,6 +184,8 @@ def create_app(editor: cir.Editor, *, token: str, queue_size: int = 8, body_seco
     _add_failures(app, metrics)
     _add_reads(app, editor, metrics)
     _add_changes(app, editor, metrics, changes)
+    if say is not None:
+        _add_ask(app, say, changes)
     return app
 
 
@@ -322,29 +216,43 @@ def _add_reads(app: FastAPI, editor: cir.Editor, metrics: Metrics) -> None:
 
 
 def _add_changes(app: FastAPI, editor: cir.Editor, metrics: Metrics, changes: Changes) -> None:
+    def now(edit: cir.Edit) -> EditOut:
+        return shown(edit, {e.number: status for e, status in editor.history}[edit.number])
+
     # Counted where the work is done: a client that goes away cancels its handler, not the edit.
-    @app.post("/forget", status_code=201, dependencies=GUARDED, responses=answers(401, 409, 422))
-    async def forget(fact: FactIn) -> EditOut:
-        def work() -> cir.Edit:
-            forgotten = {edit.fact.sentences: edit.number for edit in editor.edits}
-            if number := forgotten.get(tuple(fact.sentences)):
-                raise metrics.refuse(409, "conflict", f"fact {fact.id!r}: already forgotten by edit {number}")
+    @app.post(
+        "/forget",
+        status_code=202,
+        dependencies=GUARDED,
+        responses={201: {"model": EditOut}, **answers(401, 409, 422)},
+    )
+    async def forget(fact: FactIn, response: Response, wait: bool = False) -> EditOut | JobOut:
+        def work() -> EditOut:
             edit = editor.forget(fact.model_dump())
             metrics.edits.inc()
             metrics.seconds.observe(edit.seconds)
-            return edit
+            return now(edit)
 
-        return await changes.run(work, (422, "invalid"))
+        if wait:
+            response.status_code = 201
+            return await changes.run(work, (422, "invalid"))
+        job = changes.start(work, (422, "invalid"))
+        response.headers["Location"] = f"/jobs/{job.id}"
+        return job
+
+    @app.get("/jobs/{name}", dependencies=GUARDED, responses=answers(401, 404, 422))
+    async def job(name: JobName) -> JobOut:
+        return changes.job(name)
 
     async def again(number: int, change: Callable[[cir.Edit], cir.Edit], counter: Counter) -> EditOut:
         known = {edit.number: edit for edit, _ in editor.history}
         if number not in known:
             raise metrics.refuse(404, "unknown", f"expected the number of an edit, got {number}")
 
-        def work() -> cir.Edit:
+        def work() -> EditOut:
             edit = change(known[number])
             counter.inc()
-            return edit
+            return now(edit)
 
         return await changes.run(work, (409, "conflict"))
 
@@ -357,15 +265,33 @@ def _add_changes(app: FastAPI, editor: cir.Editor, metrics: Metrics, changes: Ch
         return await again(number, editor.redo, metrics.redos)
 
 
-def open_editor(arguments: argparse.Namespace) -> cir.Editor:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _add_ask(app: FastAPI, say: Say, changes: Changes) -> None:
+    @app.post("/ask", dependencies=GUARDED, responses=answers(401, 422))
+    async def ask(asked: PromptIn) -> SaidOut:
+        text = await changes.run(partial(say, asked.prompt, asked.max_tokens), (422, "invalid"))
+        return SaidOut(text=text)
 
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+def continued(model: Any, tokenizer: Any, prompt: str, max_tokens: int) -> str:
+    """The likeliest words after ``prompt``, one token after the other."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    length, most = ids.shape[1], getattr(model.config, "max_position_embeddings", None)
+    if not length or (most is not None and length + max_tokens > most):
+        raise ValueError(f"prompt: expected 1 to {most} tokens with those to come, got {length} and {max_tokens}")
+    written = model.generate(
+        input_ids=ids.long(),
+        attention_mask=ids.new_ones(ids.shape),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id or 0,
+    )
+    return tokenizer.decode(written[0, length:], skip_special_tokens=True)
+
+
+def open_editor(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> cir.Editor:
     return cir.Editor(
         model,
-        AutoTokenizer.from_pretrained(arguments.model),
+        tokenizer,
         cir.Subspaces.load(arguments.subspaces, model.device),
         neighbours=arguments.neighbours,
         text=Path(arguments.text).read_text(encoding="utf-8") if arguments.text else None,
@@ -392,7 +318,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     token = os.environ.get("CIR_TOKEN", "")
     if not token:
         parser.error("expected a token in the environment variable CIR_TOKEN, got none")
-    uvicorn.run(create_app(open_editor(arguments), token=token), host=arguments.host, port=arguments.port, **SERVER)
+    model, tokenizer = cir.load_model(arguments.model)
+    editor = open_editor(arguments, model, tokenizer)
+    app = create_app(editor, token=token, say=partial(continued, model, tokenizer))
+    uvicorn.run(app, host=arguments.host, port=arguments.port, **SERVER)
 
 
 if __name__ == "__main__":

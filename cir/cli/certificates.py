@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cir.cli.inputs import DATA_SETS, SOURCES, Inputs
-from cir.cli.output import say
+from cir.cli.output import DONE, FAILED, Outcome, say
 from cir.model.checkpoints import load_model
 from cir.proof.certificate import Certificate, Evidence, Witness
 from cir.proof.stated import signature
+from cir.proof.verdict import judge
 from cir.proof.verification import verify
 
 
@@ -48,8 +49,8 @@ def signing_key(arguments: argparse.Namespace) -> bytes | None:
     return key
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """``cir verify``: 1 where something differs."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """``cir verify``: :data:`FAILED` where something differs."""
     public = None if arguments.public_key is None else Path(arguments.public_key).read_bytes()
     certificate = Certificate.read(arguments.folder, public)
     stated = certificate.content
@@ -69,12 +70,18 @@ def run(arguments: argparse.Namespace) -> int:
         original=original,
         progress=not arguments.quiet,
     )
+    verdict = judge(stated)
+    say(f"verdict    {verdict.heading}")
+    for claim in verdict.claims:
+        say(f"claim      {claim.name}: {claim.word}. {claim.why}")
     for difference in found.differences:
         say(f"differs    {difference}")
-    for unverified in [*found.unverified, *(["who made it: give their --public-key"] if public is None else [])]:
-        say(f"unverified {unverified}")
+    unverified = [*found.unverified, *(["who made it: give their --public-key"] if public is None else [])]
+    for what in unverified:
+        say(f"unverified {what}")
     say("All that was verified is as stated." if found.holds else "The certificate does not hold.")
-    return 0 if found.holds else 1
+    document = {"holds": found.holds, "verdict": verdict.stated(), "differences": list(found.differences)}
+    return DONE if found.holds else FAILED, {**document, "unverified": unverified}
 
 
 def _sources(stated: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

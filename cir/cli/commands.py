@@ -1,37 +1,44 @@
-"""What each command does."""
+"""What runs each command, and the commands that only look."""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import json
+import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from cir.cli.inputs import Inputs, plain_text
-from cir.cli.output import Warnings, complain, say, write_json
-from cir.cli.parser import parser
-from cir.system.signals import Held, raised
+from cir.cli.inputs import Inputs, paths, plain_text
+from cir.cli.output import DONE, FAILED, INTERRUPTED, Outcome, complain, logged, say, write_json
+from cir.cli.parser import read
+from cir.system.signals import raised
 from cir.system.writing import check_file, check_output, write_file, write_folder
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0, 1 on an error, 130 where a signal ended the run early."""
-    arguments = parser().parse_args(argv)
-    logger, warnings = logging.getLogger("cir"), Warnings()
-    with raised(), ExitStack() as stack:
-        logger.addHandler(warnings)
-        stack.callback(logger.removeHandler, warnings)
-        if arguments.quiet:
-            _silence_transformers()
+    """Run the command line; the exit status, which `cir --help` explains. Raises SystemExit on wrong usage."""
+    arguments = read(sys.argv[1:] if argv is None else argv)
+    arguments.quiet = arguments.quiet or not sys.stderr.isatty()
+    where = getattr(arguments, "json", None)
+    with raised(), logged(arguments.verbose):
         try:
-            return COMMANDS[arguments.command](arguments)
+            with ExitStack() as stack:
+                if where is not None:
+                    if where != "-":
+                        check_file(where)
+                    stack.enter_context(redirect_stdout(sys.stderr))
+                if arguments.quiet:
+                    _without_bars()
+                status, document = COMMANDS[arguments.command](arguments)
+            if where is not None:
+                write_json(where, document)
+            return status
         except KeyboardInterrupt:
             complain("interrupted")
             return INTERRUPTED
@@ -40,91 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             expected = isinstance(error, ValueError | OSError | ArithmeticError | MemoryError)
             complain(error if expected else f"{type(error).__name__}: {error}; --debug shows where")
-            return 1
+            return FAILED
 
 
-def _unlearn(arguments: argparse.Namespace) -> int:
-    from cir import CIRConfig, Subspaces, load_facts, unlearn
-    from cir.cli.certificates import certified, evidence_of, signing_key
-    from cir.config import BreakingConfig
-    from cir.model.checkpoints import load_model, weights_of
-    from cir.proof.certificate import Witness
-
-    # Everything that can be wrong is found before the model is loaded.
-    nbytes, _ = weights_of(arguments.model, arguments.dtype)
-    out = check_output(arguments.out, arguments.overwrite, _paths(arguments), nbytes)
-    inputs = Inputs.read(vars(arguments))
-    base = CIRConfig.preset(arguments.preset)
-    config = replace(base, **_given(arguments, base))
-    contrast = None if arguments.contrast is None else load_facts(arguments.contrast)
-    subspaces = None if arguments.subspaces is None else Subspaces.load(arguments.subspaces)
-    evidence = evidence_of(inputs, relearning=not arguments.no_relearning) if arguments.certify else None
-    key = signing_key(arguments)
-    model, tokenizer = load_model(
-        arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        offload_for=config if isinstance(config, BreakingConfig) and arguments.offload != "never" else None,
-    )
-    witness = None if evidence is None else Witness(model, tokenizer, evidence, progress=not arguments.quiet)
-    report = unlearn(
-        model,
-        tokenizer,
-        inputs.facts,
-        contrast=contrast,
-        retain=inputs.retain,
-        disruption=inputs.disruption,
-        config=config,
-        subspaces=subspaces,
-        offload=arguments.offload,
-        progress=not arguments.quiet,
-    )
-    method = {"name": "CIR", "model": arguments.model, **asdict(report.config)}
-    certificate, failed = (None, None) if witness is None else certified(witness, method)
-
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-        if certificate is not None:
-            certificate.write(folder, key)
-
-    with Held():
-        out = write_folder(out, fill, arguments.overwrite)
-        before, after = report.before, report.after
-        if before.mean_recall is not None and after.mean_recall is not None:
-            say(f"recall     {before.mean_recall:.3f} -> {after.mean_recall:.3f}")
-        say(f"text loss  {before.loss:.4f} -> {after.loss:.4f} ({after.rise:+.2%}, budget {config.budget:+.2%})")
-        say(f"layers     {report.layers[0]} to {report.layers[1]} changed")
-        say(f"stopped    {report.stopped}, after {report.seconds['total']:.0f} s")
-        say(f"written    {out}")
-    if failed is not None:
-        complain(f"written without a certificate: {type(failed).__name__} {failed}")
-        return INTERRUPTED if isinstance(failed, KeyboardInterrupt) else 1
-    return INTERRUPTED if report.stopped == "interrupted" else 0
-
-
-def _given(arguments: argparse.Namespace, base: Any) -> dict[str, Any]:
-    """The settings among ``arguments``, of which the preset ``base`` must have each."""
-    names = (
-        *("budget", "worst_window", "disruption_tokens", "full_check", "target_recall", "rounding", "seed"),
-        *("floor", "max_steps", "max_length", "rate", "max_epochs"),
-    )
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    known = {field.name for field in fields(base)}
-    if others := [f"--{name.replace('_', '-')}" for name in given if name not in known]:
-        raise ValueError(f"{', '.join(others)}: not of the preset {arguments.preset}")
-    return given
-
-
-def _eval(arguments: argparse.Namespace) -> int:
+def _eval(arguments: argparse.Namespace) -> Outcome:
     from cir import evaluate
     from cir.model.checkpoints import load_model
     from cir.proof.attacks import attack
     from cir.proof.harness import check_installed, harness
 
-    if arguments.json != "-":
-        check_file(arguments.json)
     inputs = Inputs.read(vars(arguments))
     if arguments.tasks:
         check_installed()
@@ -153,24 +84,15 @@ def _eval(arguments: argparse.Namespace) -> int:
             model, tokenizer, inputs.facts, related=inputs.related, original=original, seed=arguments.seed
         )
         result["attacks"] = {name: asdict(outcome) for name, outcome in outcomes.items()}
-    write_json(arguments.json, result)
-    return 0
+    return DONE, result
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    from cir.cli.certificates import run
-
-    return run(arguments)
-
-
-def _attack(arguments: argparse.Namespace) -> int:
+def _attack(arguments: argparse.Namespace) -> Outcome:
     from cir import load_facts, relearn
     from cir.data.facts import check_apart
     from cir.measures import mean_recall
     from cir.model.checkpoints import load_model
 
-    if arguments.json != "-":
-        check_file(arguments.json)
     facts, probe = load_facts(arguments.relearn), load_facts(arguments.probe)
     try:
         check_apart(facts, probe)
@@ -178,20 +100,20 @@ def _attack(arguments: argparse.Namespace) -> int:
         # To learn the probed facts themselves is a question one may ask; but it shows nothing of forgetting.
         complain(f"warning: {error}")
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    settings = {"optimizer": arguments.optimizer, "lr": arguments.lr, "lora_rank": arguments.lora_rank}
+    names = ("optimizer", "lr", "lora_rank", "steps", "probe_every", "all_parameters")
+    settings = {name: getattr(arguments, name) for name in names}
     history = relearn(
         model, tokenizer, facts, probe, **settings, epochs=arguments.epochs, progress=not arguments.quiet
     )
     epochs = [{"mean_recall": mean_recall(recalls), "recall": recalls} for recalls in history]
-    write_json(arguments.json, {**settings, "epochs": epochs})
-    return 0
+    return DONE, {**settings, "epochs": epochs}
 
 
-def _profile(arguments: argparse.Namespace) -> int:
+def _profile(arguments: argparse.Namespace) -> Outcome:
     from cir import CIRConfig, profile
     from cir.model.checkpoints import load_model
 
-    out = check_output(arguments.out, True, _paths(arguments))
+    out = check_output(arguments.out, True, paths(arguments))
     inputs = Inputs.read(vars(arguments))
     config = CIRConfig.preset(arguments.preset)
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
@@ -216,10 +138,10 @@ def _profile(arguments: argparse.Namespace) -> int:
         out = write_folder(out, fill, overwrite=True)
     say(found.table())
     say(f"written    {out}: profile.json, profile.png, trace.json.gz (for chrome://tracing or Perfetto)")
-    return 0
+    return DONE, {**json.loads(found.to_json()), "out": str(out)}
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def _plan(arguments: argparse.Namespace) -> Outcome:
     from cir import plan
 
     found = plan(
@@ -231,109 +153,52 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     if arguments.plot:
         write_file(arguments.plot, found.plot)
-    say(found.to_json() if arguments.json else found.table())
-    return 0
+    say(found.table())
+    return DONE, json.loads(found.to_json())
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
-    from cir.cli.doctor import run
-
-    return run()
-
-
-def _journal(arguments: argparse.Namespace) -> int:
-    from cir.cli.journals import run
-
-    return run(arguments)
-
-
-def _fit(arguments: argparse.Namespace) -> int:
-    from cir import Subspaces, load_facts
-    from cir.data.shipped import builtin_text
-    from cir.model.checkpoints import load_model
-
-    out = check_file(arguments.out, arguments.overwrite)
-    contrast, texts = load_facts(arguments.contrast), _read(arguments.text)
-    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    subspaces = Subspaces.fit(
-        model,
-        tokenizer,
-        builtin_text() if texts is None else texts,
-        contrast,
-        progress=not arguments.quiet,
-    )
-    subspaces.save(out)
-    say(f"model      {subspaces.fitted_on['fingerprint'][:12]}")
-    say(f"written    {out}, {out.stat().st_size / 1e6:.1f} MB")
-    return 0
-
-
-def _apply(arguments: argparse.Namespace) -> int:
-    """``cir apply`` and ``cir revert``: they differ in the sign."""
-    from cir import Edit
-    from cir.editing.applied import Applied
-    from cir.forgetting.update import fingerprint, fingerprint_of
-    from cir.model.checkpoints import load_model, saved_weights, weights_of
-
-    nbytes, _ = weights_of(arguments.model, arguments.dtype)
-    out = check_output(arguments.out, arguments.overwrite, _paths(arguments), nbytes)
-    edits, applied = [Edit.load(path) for path in arguments.edit], Applied.read(arguments.model)
-    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    targets = edits[0].targets_in(model)
-    before = fingerprint(targets)
-    applied.change(edits, arguments.sign, before, arguments.force)
-    for edit in edits:
-        edit.apply_(model, sign=arguments.sign)
-    after = fingerprint(targets)
-
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        applied.write(folder)
-        saved = fingerprint_of(saved_weights(folder, [target.name for target in targets], model.dtype))
-        if saved != after:
-            raise OSError(f"expected the checkpoint to read back as {after[:12]}, got {saved[:12]}; it was not kept")
-
-    out = write_folder(out, fill, arguments.overwrite)
-    say(f"weights    {before[:12]} -> {after[:12]}, read back equal")
-    say(f"written    {out}")
-    return 0
-
-
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace) -> Outcome:
     from cir.cli.demo import run
 
-    return run(Path(arguments.out), arguments.model, progress=not arguments.quiet)
+    return run(Path(arguments.out), arguments.model, progress=not arguments.quiet), None
 
 
-def _silence_transformers() -> None:
+def _without_bars() -> None:
+    """Those of the packages that load models and data sets."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def _paths(arguments: argparse.Namespace) -> list[str]:
-    """All that was given but the output, some of which are files and folders."""
-    given = {name: value for name, value in vars(arguments).items() if name != "out"}
-    values = (value if isinstance(value, list) else [value] for value in given.values())
-    return [text for value in values for text in value if isinstance(text, str)]
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
 
 
 def _read(path: str | None) -> str | None:
     return None if path is None else plain_text(Path(path), "text")
 
 
+def _of(module: str, name: str) -> Callable[[argparse.Namespace], Outcome]:
+    """A command of another file, imported when it runs: it takes torch, which takes seconds."""
+
+    def run(arguments: argparse.Namespace) -> Outcome:
+        found: Outcome = getattr(import_module(f"cir.cli.{module}"), name)(arguments)
+        return found
+
+    return run
+
+
 COMMANDS = {
     "demo": _demo,
-    "unlearn": _unlearn,
-    "verify": _verify,
+    "unlearn": _of("unlearning", "run"),
+    "forget": _of("edits", "forget"),
+    "undo": _of("edits", "undo"),
+    "edits": _of("edits", "edits"),
+    "verify": _of("certificates", "run"),
     "eval": _eval,
     "attack": _attack,
     "profile": _profile,
     "plan": _plan,
-    "doctor": _doctor,
-    "fit": _fit,
-    "journal": _journal,
-    "apply": _apply,
-    "revert": _apply,
+    "doctor": _of("doctor", "run"),
+    "fit": _of("edits", "fit"),
+    "journal": _of("journals", "run"),
+    "apply": _of("edits", "apply"),
+    "revert": _of("edits", "apply"),
 }

@@ -14,10 +14,12 @@ from cir.model.checkpoints import HUB_DEMO_MODEL, demo_model, load_model
 from cir.system.writing import check_output, write_folder
 
 CONFIG = CIRConfig(disruption_tokens=8192)
+LOOKS = (("before", "o", "tab:gray"), ("after", "s", "tab:blue"), ("attacked", "x", "tab:red"))
+Recalls = dict[str, float]
 
 
 def run(out: Path, model_id: str | None = None, progress: bool = True) -> int:
-    """Forget, attack, and print a table; write ``report.json`` and ``recall.png`` to the folder ``out``."""
+    """Forget, attack, and print a table; write ``report.json`` and two plots to the folder ``out``."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the demo draws a plot: pip install 'cir[demo]'")
     out = check_output(out, overwrite=True)
@@ -46,48 +48,33 @@ def run(out: Path, model_id: str | None = None, progress: bool = True) -> int:
 
     def fill(folder: Path) -> None:
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-        plot(report, folder / "recall.png")
+        report.plot(folder / "recall.png")
+        draw(folder / "facts.png", forget, neighbours, (before, after, attacked), mean_recall(untouched) or 0)
 
     out = write_folder(out, fill, overwrite=True)
-    print(f"Plot and report are in {out}/.")
+    print(f"Plots (facts.png, recall.png) and report are in {out}/.")
     return 0 if report.stopped != "interrupted" else 130
 
 
-def plot(report: Report, path: Path) -> None:
-    """Recall against the rise of the text loss, epoch by epoch, as a PNG."""
+def draw(
+    path: Path, forget: Sequence[Fact], keep: Sequence[Fact], columns: Sequence[Recalls], untouched: float
+) -> None:
+    """Recall of each fact before, after and under attack, as a PNG. ``untouched``: the attack's without us."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    facts = [*forget, *keep]
+    figure = Figure(figsize=(6.8, 1.2 + 0.24 * len(facts)), layout="constrained")
     axes = figure.subplots()
-    measures = [report.before, *(epoch.measure for epoch in report.epochs)]
-    rises = [100 * measure.rise for measure in measures]
-    recalls = [100 * (measure.mean_recall or 0) for measure in measures]
-    axes.errorbar(
-        rises,
-        recalls,
-        xerr=[100 * m.rise_stderr for m in measures],
-        marker="o",
-        color="tab:blue",
-        capsize=2,
-    )
-    for number, point in enumerate(zip(rises, recalls, strict=True)):
-        axes.annotate(f"epoch {number}" if number else "start", point, (6, 6), textcoords="offset points")
-    axes.plot(
-        100 * report.after.rise,
-        100 * (report.after.mean_recall or 0),
-        "o",
-        ms=14,
-        mfc="none",
-        color="tab:green",
-        label="the model returned",
-    )
-    axes.axvline(100 * report.config.budget, ls="--", color="tab:red", label="budget")
-    axes.set(
-        xlabel="rise of the loss on neutral text (%; bars: one standard error)",
-        ylabel="recall of the facts (%)",
-        ylim=(0, None),
-    )
-    axes.legend()
+    for (label, marker, color), recalls in zip(LOOKS, columns, strict=True):
+        shares = [100 * recalls[fact.id] for fact in facts]
+        axes.plot(shares, range(len(facts)), marker, color=color, mfc="none", label=label)
+    axes.vlines(100 * untouched, -0.5, len(forget) - 0.5, ls="--", color="tab:red", label="attack, model untouched")
+    axes.axhline(len(forget) - 0.5, color="black", lw=0.8)
+    axes.set_yticks(range(len(facts)), [fact.id for fact in facts])
+    axes.set(xlabel="probability of the right answer (%); above the line to forget, below to keep", xlim=(-2, 102))
+    axes.grid(axis="y", alpha=0.3)
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
 

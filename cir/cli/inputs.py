@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,3 +102,10 @@ def plain_text(path: Path, option: str) -> str:
     if is_json(path) or looks_like_json(text.lstrip().split("\n", 1)[0]):
         raise ValueError(f"--{option}: expected plain text, got JSON in {named(path)}; write its text out")
     return text
+
+
+def paths(arguments: argparse.Namespace) -> list[str]:
+    """All that was given but the output, some of which are files and folders."""
+    given = {name: value for name, value in vars(arguments).items() if name not in ("out", "fact")}
+    values = (value if isinstance(value, list) else [value] for value in given.values())
+    return [text for value in values for text in value if isinstance(text, str)]

@@ -3,120 +3,117 @@
 from __future__ import annotations
 
 import argparse
-import math
-import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from cir import __version__
-from cir.data.datasets import SOURCES
-
-MODEL_HELP = "a hub id, a local folder, or a GGUF file"
-FACTS_HELP = (
-    'JSON lines: {"id", "sentences": [...], "probes": [{"prompt", "target"}]}; or a text file, a sentence a line'
+from cir.cli.editing_options import add_editing
+from cir.cli.options import (
+    CONTRAST_HELP,
+    FACTS_HELP,
+    MODEL_HELP,
+    OUT_HELP,
+    OVERWRITE_HELP,
+    Parser,
+    count,
+    positive,
+    real,
+    rounding,
+    share,
+    shared,
+    sources,
+    texts,
+    whole,
 )
-CONTRAST_HELP = "facts that must stay: of the same relations with other subjects, and about the same subjects"
+from cir.cli.output import meant
+from cir.cli.settings import words_of
+from cir.system.files import shown
+
 PRESETS = ("default", "paper", "repselect")
 GPUS = ("a100-40", "a100-80", "l40s", "rtx4090", "rtx5090", "rtx-pro-6000", "h100", "h200", "b200")
+JSON_TO: dict[str, Any] = {
+    "metavar": "OUT",
+    "nargs": "?",
+    "const": "-",
+    "default": "-",
+    "help": "where to write (default: standard output)",
+}
+WITHOUT_JSON = ("demo",)
+EPILOG = """Start with `cir demo`: it needs no GPU and takes minutes.
+
+exit status:
+  0    done
+  1    an error, a refusal, or something was found wrong
+  2    wrong usage
+  3    done, but a fact is not wholly forgotten, or the required recall is not reached
+  130  interrupted"""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of the ``cir`` command; ``command`` of what it returns is the command's name."""
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="cir",
         description="Make a language model forget chosen facts (Collapse of Irrelevant Representations).",
-        epilog="Start with `cir demo`: it needs no GPU and takes minutes.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("--version", action="version", version=f"cir {__version__}")
     commands = found.add_subparsers(dest="command", required=True, metavar="command")
-    shared, sources, texts = _shared(), _sources(), _texts()
     _add_demo(commands)
-    _add_unlearn(commands, [shared, sources, texts])
-    _add_verify(commands, [shared, sources])
-    _add_eval(commands, [shared, sources])
-    _add_attack(commands, [shared])
-    _add_profile(commands, [shared, sources, texts])
+    _add_unlearn(commands, [shared(), sources(), texts()])
+    _add_verify(commands, [shared(), sources()])
+    _add_eval(commands, [shared(), sources()])
+    _add_attack(commands, [shared()])
+    _add_profile(commands, [shared(), sources(), texts()])
     _add_plan(commands)
     commands.add_parser(
         "doctor",
         help="see what would run here, and whether it is right",
         description="Versions, devices, and each kernel beside its PyTorch form. Exits with 1 if one differs.",
-    ).set_defaults(quiet=True)
-    _add_fit(commands, [shared])
-    _add_apply_and_revert(commands, [shared])
-    _add_journal(commands)
-    for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="show where an error comes from")
+    )
+    add_editing(commands)
+    found.commands = commands.choices
+    for name, command in found.commands.items():
+        _add_common(name, command)
     return found
 
 
-def _rounding(name: str) -> str:
-    from cir_kernels import ROUNDINGS  # which imports torch: only where the option is given
+def _add_common(name: str, command: Parser) -> None:
+    """What every command has."""
+    if "json" not in command.options() and name not in WITHOUT_JSON:
+        command.add_argument(
+            "--json", action="store_const", const="-", help="print JSON, and all else to standard error"
+        )
+    command.add_argument("--quiet", action="store_true", help="no progress bars; there are none without a terminal")
+    command.add_argument(
+        "--verbose", action="count", default=0, help="show what is done: INFO of the logs, given twice DEBUG"
+    )
+    command.add_argument("--debug", action="store_true", help="show where an error comes from")
 
-    if name not in ROUNDINGS:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(ROUNDINGS)}, got {name!r}")
-    return name
 
-
-def _number(kind: Callable[[str], Any], what: str, least: float) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
+def read(words: Sequence[str]) -> argparse.Namespace:
+    """What the command line ``words`` says, with what the file of its ``--config`` says where it does not; ends the
+    process with 2 and one line where something is wrong.
+    """
+    words, top = list(words), parser()
+    at = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
+    top.check_options(words[:at])
+    if at == len(words):
+        return top.parse_args(words)
+    name, rest = words[at], words[at + 1 :]
+    if name not in top.commands:
+        top.error(f"expected a command, got {shown(name)}{meant(name, top.commands)}")
+    own = top.commands[name]
+    own.check_options(rest)
+    if name == "unlearn":
         try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= sys.maxsize:
-            raise argparse.ArgumentTypeError(f"expected {what}, got {text[:80]!r}")
-        return value
-
-    return read
-
-
-_count = _number(int, "a whole number of at least 1", 1)
-_whole = _number(int, "a whole number of at least 0", 0)
-_positive = _number(float, "a positive number", 1e-300)
-
-
-def _shared() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(add_help=False)
-    found.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
-    found.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16 or float16; by default the checkpoint's own"
-    )
-    found.add_argument("--quiet", action="store_true", help="no progress bars")
-    return found
-
-
-def _sources() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(add_help=False)
-    found.add_argument("--facts", help=FACTS_HELP)
-    found.add_argument(
-        "--data",
-        metavar="NAME",
-        help=f"instead of --facts: {', '.join(name for name, source in SOURCES.items() if source.fact)}; from the "
-        "hub or its cache (pip install 'cir[data]')",
-    )
-    found.add_argument("--data-path", metavar="PATH", help="a local copy of that data set: a file or a folder")
-    found.add_argument("--limit", type=_count, metavar="N", help="use so many of its facts, evenly spread")
-    found.add_argument("--neighbours", metavar="FACTS", help="facts near those, which must stay")
-    found.add_argument("--same-subject", metavar="FACTS", help="other facts about the same subjects, which must stay")
-    found.add_argument("--related", metavar="FACTS", help="further facts of the kind, which an attacker knows")
-    return found
-
-
-def _texts() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(add_help=False)
-    found.add_argument(
-        "--retain",
-        metavar="TEXT",
-        help="file of ordinary text like that the model must still handle; or wikitext or fineweb-edu, the data sets",
-    )
-    found.add_argument(
-        "--disruption",
-        metavar="TEXT",
-        help="file (or data set) of text on which harm is measured; by default a held-out third of --retain, and "
-        "without that of the built-in text, which is short: give your own for a budget that means something",
-    )
-    return found
+            words = [*words[: at + 1], *words_of(own, rest), *rest]
+        except (ValueError, OSError) as error:
+            own.error(str(error))
+    arguments = top.parse_args(words)
+    if name == "unlearn" and arguments.model is None:
+        own.error("expected a model, with --model or in the file of --config, got none")
+    return arguments
 
 
 def _add_demo(commands: Any) -> None:
@@ -128,10 +125,9 @@ def _add_demo(commands: Any) -> None:
     )
     command.add_argument("--out", default="cir-demo", help="folder for plot and report (default: %(default)s)")
     command.add_argument("--model", help=f"{MODEL_HELP}; by default SmolLM2-135M")
-    command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def _add_unlearn(commands: Any, parents: list[Parser]) -> None:
     command = commands.add_parser(
         "unlearn",
         parents=parents,
@@ -139,28 +135,49 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         description="Writes a checkpoint that plain transformers loads, and report.json beside it. The model is "
         "the best one found whose loss on neutral text rose by no more than the budget.",
     )
-    command.add_argument("--model", required=True, help=MODEL_HELP)
-    command.add_argument("--out", required=True, help="folder for the checkpoint; written whole or not at all")
+    command.add_argument("--model", help=f"{MODEL_HELP}; here or in --config")
+    command.add_argument("--out", required=True, help=OUT_HELP)
     command.add_argument(
-        "--budget", type=float, help="highest relative rise of the loss on that text (default: 0.001)"
+        "--config",
+        metavar="FILE",
+        help="YAML or JSON that gives options by name; those given here go first. Every run writes such a file, "
+        "config.yaml, into its --out",
+    )
+    command.add_argument(
+        "--budget", type=real, help="highest relative rise of the loss on that text (default: 0.001)"
     )
     command.add_argument(
         "--disruption-tokens",
-        type=_count,
+        type=count,
         metavar="N",
         help="of that text, measured after each epoch (default: 32768)",
     )
-    command.add_argument("--full-check", action="store_true", help="at the end, measure all of that text")
-    command.add_argument("--target-recall", type=float, help="stop as soon as mean recall is this low")
+    command.add_argument(
+        "--full-check", action=argparse.BooleanOptionalAction, help="at the end, measure all of that text"
+    )
+    command.add_argument("--target-recall", type=real, help="stop as soon as mean recall is this low")
+    command.add_argument(
+        "--require-recall",
+        type=share,
+        metavar="X",
+        help="exit with 3 if mean recall is above this in the end; all is written all the same",
+    )
     command.add_argument("--contrast", metavar="FACTS", help=f"{CONTRAST_HELP} (default: built-in ones)")
     command.add_argument("--subspaces", metavar="FILE", help="of `cir fit`, in place of --contrast")
-    command.add_argument("--floor", type=float, help="log-odds at which an answer is gone (default: -4)")
-    command.add_argument("--max-steps", type=_count, help="steps at most (default: 40)")
+    command.add_argument("--floor", type=real, help="log-odds at which an answer is gone (default: -4)")
+    command.add_argument("--max-steps", type=count, help="steps at most (default: 40)")
     command.add_argument(
-        "--worst-window", type=float, help="highest rise of the loss of one window, in nats a token (default: 0.1)"
+        "--layers",
+        type=real,
+        metavar="SHARE",
+        help="of the model's depth, from the top, that is updated (default: from just below where the facts come "
+        "together)",
     )
-    command.add_argument("--rate", type=float, help="of the other presets: size of a forget step")
-    command.add_argument("--max-epochs", type=_count, help="of the other presets: passes over the facts at most")
+    command.add_argument(
+        "--worst-window", type=real, help="highest rise of the loss of one window, in nats a token (default: 0.1)"
+    )
+    command.add_argument("--rate", type=real, help="of the other presets: size of a forget step")
+    command.add_argument("--max-epochs", type=count, help="of the other presets: passes over the facts at most")
     command.add_argument(
         "--preset",
         choices=PRESETS,
@@ -169,15 +186,15 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     command.add_argument(
         "--rounding",
-        type=_rounding,
+        type=rounding,
         metavar="HOW",
         help="of updated 16-bit weights: nearest, stochastic or compensated (default: nearest of paper, else "
         "stochastic)",
     )
-    command.add_argument("--seed", type=_whole, help="of every random choice (default: 0)")
+    command.add_argument("--seed", type=whole, help="of every random choice (default: 0)")
     command.add_argument(
         "--certify",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="measure and attack the model before and after, and write certificate.json and a page beside the "
         "weights; needs --neighbours and --disruption",
     )
@@ -185,8 +202,8 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--sign", metavar="KEY", help="sign the certificate with this private Ed25519 key, a PEM file"
     )
-    command.add_argument("--max-length", type=_count, metavar="N", help="tokens of a sentence at most (default: 128)")
-    command.add_argument("--overwrite", action="store_true", help="replace --out where cir wrote it")
+    command.add_argument("--max-length", type=count, metavar="N", help="tokens of a sentence at most (default: 128)")
+    command.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     command.add_argument(
         "--offload",
         choices=("auto", "always", "never"),
@@ -196,7 +213,7 @@ def _add_unlearn(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
 
 
-def _add_verify(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def _add_verify(commands: Any, parents: list[Parser]) -> None:
     command = commands.add_parser(
         "verify",
         parents=parents,
@@ -215,7 +232,7 @@ def _add_verify(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
 
 
-def _add_eval(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def _add_eval(commands: Any, parents: list[Parser]) -> None:
     command = commands.add_parser(
         "eval",
         parents=parents,
@@ -224,14 +241,14 @@ def _add_eval(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--model", required=True, help=MODEL_HELP)
     command.add_argument("--text", metavar="TEXT", help="file on which to measure the loss, in nats a token")
-    command.add_argument("--max-tokens", type=_count, help="of that text, evenly spread (default: all)")
+    command.add_argument("--max-tokens", type=count, help="of that text, evenly spread (default: all)")
     command.add_argument(
-        "--generate", type=_whole, default=0, metavar="N", help="look for the answers in N greedy tokens too"
+        "--generate", type=whole, default=0, metavar="N", help="look for the answers in N greedy tokens too"
     )
     command.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="also tasks of lm-eval, mmlu say (pip install 'cir[eval]')"
     )
-    command.add_argument("--task-limit", type=_count, metavar="N", help="questions of each task at most")
+    command.add_argument("--task-limit", type=count, metavar="N", help="questions of each task at most")
     command.add_argument(
         "--attacks",
         action="store_true",
@@ -240,11 +257,11 @@ def _add_eval(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--original", metavar="MODEL", help="the model before it forgot, for the attack that undoes small changes"
     )
-    command.add_argument("--seed", type=_whole, default=0, help="of the attacks' draws (default: %(default)s)")
-    command.add_argument("--json", metavar="OUT", default="-", help="where to write (default: standard output)")
+    command.add_argument("--seed", type=whole, default=0, help="of the attacks' draws (default: %(default)s)")
+    command.add_argument("--json", **JSON_TO)
 
 
-def _add_attack(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def _add_attack(commands: Any, parents: list[Parser]) -> None:
     command = commands.add_parser(
         "attack",
         parents=parents,
@@ -256,15 +273,18 @@ def _add_attack(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument("--relearn", metavar="FACTS", required=True, help="facts to train on: " + FACTS_HELP)
     command.add_argument("--probe", metavar="FACTS", required=True, help="facts to measure; they need probes")
     command.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="(default: %(default)s)")
-    command.add_argument("--lr", type=_positive, default=1e-5, help="learning rate (default: %(default)s)")
+    command.add_argument("--lr", type=positive, default=1e-5, help="learning rate (default: %(default)s)")
     command.add_argument(
-        "--lora-rank", type=_whole, default=0, metavar="R", help="train adapters of this rank; 0 for the weights"
+        "--lora-rank", type=whole, default=0, metavar="R", help="train adapters of this rank; 0 for the weights"
     )
-    command.add_argument("--epochs", type=_count, default=6, help="passes over the facts (default: %(default)s)")
-    command.add_argument("--json", metavar="OUT", default="-", help="where to write (default: standard output)")
+    command.add_argument("--epochs", type=count, default=6, help="passes over the facts (default: %(default)s)")
+    command.add_argument("--steps", type=count, metavar="N", help="so many instead, of 32 sentences each")
+    command.add_argument("--probe-every", type=count, metavar="N", help="steps between looks (default: an epoch's)")
+    command.add_argument("--all-parameters", action="store_true", help="train all of the model, not the MLPs alone")
+    command.add_argument("--json", **JSON_TO)
 
 
-def _add_profile(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def _add_profile(commands: Any, parents: list[Parser]) -> None:
     command = commands.add_parser(
         "profile",
         parents=parents,
@@ -273,7 +293,7 @@ def _add_profile(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--model", required=True, help=MODEL_HELP)
     command.add_argument("--preset", choices=PRESETS, default="default", help="as for `cir unlearn`")
-    command.add_argument("--epochs", type=_count, default=1, help="(default: %(default)s)")
+    command.add_argument("--epochs", type=count, default=1, help="(default: %(default)s)")
     command.add_argument("--out", default="cir-profile", help="folder for what is found (default: %(default)s)")
 
 
@@ -285,65 +305,7 @@ def _add_plan(commands: Any) -> None:
     )
     command.add_argument("--model", required=True, help="a folder, a config.json or a hub id")
     command.add_argument("--gpu", required=True, choices=GPUS, help="which it is to run on")
-    command.add_argument("--facts", type=_count, required=True, metavar="N", help="how many")
-    command.add_argument("--sentences", type=_count, default=3, metavar="N", help="of each (default: %(default)s)")
-    command.add_argument(
-        "--tokens", type=_count, default=20, metavar="N", help="of a sentence (default: %(default)s)"
-    )
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument("--facts", type=count, required=True, metavar="N", help="how many")
+    command.add_argument("--sentences", type=count, default=3, metavar="N", help="of each (default: %(default)s)")
+    command.add_argument("--tokens", type=count, default=20, metavar="N", help="of a sentence (default: %(default)s)")
     command.add_argument("--plot", metavar="PNG", help="draw the seconds of each phase")
-    command.set_defaults(quiet=True)
-
-
-def _add_fit(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "fit",
-        parents=parents,
-        help="fit subspaces, once for a model and all that it is to forget",
-        description="What ordinary text and contrast facts have in common, kept in a safetensors file.",
-    )
-    command.add_argument("--model", required=True, help=MODEL_HELP)
-    command.add_argument(
-        "--contrast",
-        metavar="FACTS",
-        required=True,
-        help=f"{CONTRAST_HELP}: {FACTS_HELP}",
-    )
-    command.add_argument("--text", help="file of ordinary text (default: the built-in text)")
-    command.add_argument("--out", required=True, help="the safetensors file; written whole or not at all")
-    command.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
-
-
-def _add_apply_and_revert(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
-    for name, sign, what in (("apply", 1, "add edits to"), ("revert", -1, "take edits out of")):
-        change = commands.add_parser(
-            name,
-            parents=parents,
-            help=f"{what} a checkpoint",
-            description="Reads the new checkpoint back and compares hashes before it is put in place.",
-        )
-        change.add_argument("--model", required=True, help=MODEL_HELP)
-        change.add_argument("--edit", nargs="+", required=True, help="files of Edit.save")
-        change.add_argument("--out", required=True, help="folder for the checkpoint; written whole or not at all")
-        change.add_argument("--overwrite", action="store_true", help="replace --out where cir wrote it")
-        change.add_argument(
-            "--force",
-            action="store_true",
-            help="also to a model that they were not made on"
-            if sign == 1
-            else "also where no record says they are in",
-        )
-        change.set_defaults(sign=sign)
-
-
-def _add_journal(commands: Any) -> None:
-    command = commands.add_parser(
-        "journal",
-        help="see what a journal of edits holds, and mend one that is damaged",
-        description="check: exits with 1 where a record was cut short, altered, moved or left out. repair: moves all "
-        "from that record on to a file beside it, and so loses what it forgot.",
-    )
-    command.add_argument("what", choices=("check", "repair"))
-    command.add_argument("file", help="of Editor(journal=...), which no process has open")
-    command.add_argument("--key-file", metavar="FILE", help="holds the key that the journal was made with")
-    command.set_defaults(quiet=True)

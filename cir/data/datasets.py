@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from cir.data.facts import MOST_FACTS, Fact, check_fact, check_limit, evenly, leaking, split_facts
 from cir.data.reading import TEXTS, Rows, from_hub, from_path
@@ -15,18 +18,22 @@ from cir.data.sources.muse import MUSE_BOOKS, MUSE_NEWS
 from cir.data.sources.rwku import RWKU
 from cir.data.sources.source import Row, Source
 from cir.data.sources.text import FINEWEB_EDU, WIKITEXT
-from cir.data.sources.tofu import TOFU
-from cir.data.sources.wmdp import WMDP_BIO, WMDP_CYBER
+from cir.data.sources.tofu import TOFU, TOFU_FORGET01, TOFU_FORGET05
+from cir.data.sources.wmdp import WMDP_BIO, WMDP_BIO_ROBUST, WMDP_CHEM, WMDP_CYBER
 from cir.data.sources.zsre import ZSRE
-from cir.system.files import brief, shown
+from cir.system.files import brief, named, shown
 
 logger = logging.getLogger(__name__)
 
 SOURCES: dict[str, Source] = {
     "wmdp-bio": WMDP_BIO,
+    "wmdp-bio-robust": WMDP_BIO_ROBUST,
+    "wmdp-chem": WMDP_CHEM,
     "wmdp-cyber": WMDP_CYBER,
     "rwku": RWKU,
     "tofu": TOFU,
+    "tofu-forget01": TOFU_FORGET01,
+    "tofu-forget05": TOFU_FORGET05,
     "muse-news": MUSE_NEWS,
     "muse-books": MUSE_BOOKS,
     "counterfact": COUNTERFACT,
@@ -36,6 +43,11 @@ SOURCES: dict[str, Source] = {
     "mmlu": MMLU,
 }
 NAMES = tuple(SOURCES)
+BENCHMARKS = tuple(name for name, source in SOURCES.items() if source.benchmark)
+LEAST_ROWS = 2
+"""Of a part that a benchmark measures on: fewer have no standard error."""
+EXAMPLES = "_icl"
+"""Ends the name of a part that has examples for prompts, on which nothing is measured."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,72 @@ def load_text(name: str, part: str, instead: str) -> str | None:
     name = known_name(name)
     parts = from_hub(name, SOURCES[name], None, (part, "text"), instead)
     return _texts(name, parts, None).get(part)
+
+
+def benchmark_rows(name: str, path: str | Path | None = None, *, limit: int | None = None) -> dict[str, list[Row]]:
+    """The rows of each part of one of :data:`BENCHMARKS`, as the field has them.
+
+    Args:
+        path: of a benchmark of one part its file, of any a folder as the hub has it: ``CONFIGURATION/SPLIT.*`` or
+            ``CONFIGURATION.*``, or the same in numbered pieces; None for the hub or its cache.
+        limit: at most so many rows of a part, evenly spread.
+
+    Raises:
+        ValueError: on an unknown name; a row that is no object; or a part of fewer than two rows.
+        FileNotFoundError: if ``path`` lacks a part, or as :func:`load_data`.
+    """
+    check_limit(limit)
+    if not isinstance(name, str) or name.lower() not in BENCHMARKS:
+        raise ValueError(f"expected a benchmark out of {', '.join(BENCHMARKS)}, got {shown(name)}")
+    name = name.lower()
+    source = replace(SOURCES[name], parts=SOURCES[name].benchmark)
+    if path is None:
+        read = from_hub(name, source, None, source.parts)
+    else:
+        read = {part: _local_rows(name, Path(path), source, part) for part in source.parts}
+    return {part: _measured(name, part, rows, limit) for part, rows in read.items()}
+
+
+def _local_rows(name: str, path: Path, source: Source, part: str) -> Rows:
+    if not path.is_dir() and len(source.parts) == 1:
+        return from_path(path, source)["facts"]
+    files = [file for config, split in source.parts[part] for file in _files(name, path, config, split)]
+    return [row for file in files for row in from_path(file, source)["facts"]]
+
+
+def _files(name: str, folder: Path, config: str | None, split: str) -> list[Path]:
+    """Those of one configuration and split: the first of the forms in which they may lie in ``folder``."""
+    stems = [Path(split)] if config is None else [Path(config, split), Path(config)]
+    for stem, pieces in product(stems, ("", r"-\d+-of-\d+")):
+        inside = folder / stem.parent
+        if inside.is_dir():
+            file = re.compile(re.escape(stem.name) + pieces + r"\.[^-]+")
+            if found := sorted(entry for entry in inside.iterdir() if file.fullmatch(entry.name)):
+                if len(found) > 1 and not pieces:
+                    raise ValueError(f"{named(inside)}: expected one file {stem.name}.*, got {len(found)}")
+                return found
+    wanted = " or ".join(f"{stem}.*" for stem in stems)
+    got = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing" if folder.is_dir() else "no folder"
+    raise FileNotFoundError(f"benchmark {name!r}: expected {wanted} in {named(folder)}, got {brief(got, 200)}")
+
+
+def _measured(name: str, part: str, rows: Rows, limit: int | None) -> list[Row]:
+    """The rows, of which a text alone is one with the column ``text``."""
+    if part.endswith(EXAMPLES):
+        limit = None
+    elif len(rows) < LEAST_ROWS or (limit or LEAST_ROWS) < LEAST_ROWS:
+        got = min(len(rows), limit or len(rows))
+        raise ValueError(f"benchmark {name!r}: expected at least {LEAST_ROWS} rows of {part}, got {got}")
+    if limit is not None and limit < len(rows):
+        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+    return [_row(where, number, values) for number, (where, values) in enumerate(rows, 1)]
+
+
+def _row(where: str, number: int, values: Any) -> Row:
+    values = {"text": values} if isinstance(values, str) else values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected an object, got {shown(values)}")
+    return Row(where, str(number), values)
 
 
 def known_name(name: str) -> str:

@@ -15,11 +15,13 @@ from cir.data.sampling import index, sample
 from cir.data.shipped import builtin_text
 from cir.data.tokens import statements, windows
 from cir.editing.edits import Edit, State, add_factors, factorise
+from cir.editing.errors import AlreadyForgottenError, EditError, UnknownFactError
 from cir.editing.history import History
 from cir.editing.journal import Journal, JournalError, Record
 from cir.editing.looks import Looks
 from cir.editing.turns import Turns
 from cir.forgetting.budget import RETREATS
+from cir.forgetting.events import Followers, OnStep
 from cir.forgetting.fitting import Subspaces, check_fitted_on
 from cir.forgetting.forgetter import Forgetter, Step
 from cir.forgetting.memory import tokens_at_once
@@ -44,10 +46,6 @@ LOWEST = -20.0
 """Log-odds below which nothing is left of an answer."""
 Update = tuple[Tokens, float]
 """The collapsed rows of a step, and its scale."""
-
-
-class EditError(RuntimeError):
-    """The fact could not be forgotten, not even partly, within the bounds; no weight was changed."""
 
 
 class Editor:
@@ -136,7 +134,7 @@ class Editor:
         """All edits made, each with its status: ``active``, ``undone`` or ``committed``."""
         return tuple((entry.edit, entry.status) for entry in self._history.entries)
 
-    def forget(self, fact: Any) -> Edit:
+    def forget(self, fact: Any, *, on_step: OnStep | None = None) -> Edit:
         """Make the model forget one fact: a :class:`Fact`, an object :func:`load_facts` reads, or a sentence.
 
         Steps are taken until recall is at ``target_recall`` of what it was. When neighbours suffer, the steps
@@ -144,13 +142,17 @@ class Editor:
         low-rank factors; where the text does not bear it, a part of that. The edit says what was measured then,
         and whether the fact is :attr:`Edit.forgotten`: the bounds may have left it partly known.
 
+        ``on_step`` is called with a :class:`cir.StepEvent` after each step, and must not call the editor; where it
+        returns something true, no further step is taken. An exception of its own changes nothing.
+
         Raises:
-            ValueError: if the fact has no sentence, is forgotten already, or was never known.
+            ValueError: if the fact has no sentence, as AlreadyForgottenError if an edit in effect has forgotten it,
+                and as UnknownFactError if the model does not recall it.
             EditError: if not one step was within the bounds, or recall did not fall.
             NonFiniteError: on a NaN or infinite loss or gradient. OSError: if the journal cannot be written.
             In each case the model is as it was.
         """
-        started = time.perf_counter()
+        started, followers = time.perf_counter(), Followers(on_step)
         if isinstance(fact, str):
             fact = {"id": fact, "sentences": [fact]}
         fact = probed(load_facts([fact])[0])
@@ -159,7 +161,7 @@ class Editor:
             looks = self._looks(tape, fact)
             before = self._known(fact, looks)
             with self._whole():
-                edit = self._forget(tape, fact, looks, before, held)
+                edit = self._forget(tape, fact, looks, before, held, followers)
                 edit = replace(edit, seconds=time.perf_counter() - started)
                 self._record("edit", {"id": edit.id}, edit)
             return edit
@@ -252,11 +254,13 @@ class Editor:
             self._broken = False
             raise
 
-    def _forget(self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State, held: Held) -> Edit:
+    def _forget(
+        self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State, held: Held, followers: Followers
+    ) -> Edit:
         """The edit, in place and measured."""
         config = self.config
         looks.read()
-        updates, full, stopped = self._walk(tape, fact, looks, before, held)
+        updates, full, stopped = self._walk(tape, fact, looks, before, held, followers)
         if not updates:
             raise EditError(f"fact {fact.id!r}: {stopped} at the first steps already; nothing was changed")
         for _ in range(RETREATS + 1):
@@ -293,7 +297,7 @@ class Editor:
         raise EditError(f"fact {fact.id!r}: expected a part of the edit within the bounds, got {after}")
 
     def _walk(
-        self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State, held: Held
+        self, tape: AnswerCapture, fact: Fact, looks: Looks, before: State, held: Held, followers: Followers
     ) -> tuple[list[Update], State, str]:
         """Steps in place until the fact is forgotten: those kept, the model after the last, why it stopped."""
         config = self.config
@@ -304,17 +308,9 @@ class Editor:
         if self._told is None:  # once: what they are compared by, no edit changes
             length, at_once = config.max_length, tokens_at_once(tape.device)
             self._told = sentences(tape, self._tokenizer, self._contrast, max_length=length, at_once=at_once)
-        forgetter = Forgetter(
-            tape,
-            self._targets,
-            self._tokenizer,
-            [fact],
-            self._subspaces,
-            settings,
-            self._told,
-            replays=self._replays,
-        )
-        while len(kept) < config.max_steps:
+        about = self._tokenizer, [fact], self._subspaces, settings, self._told
+        forgetter = Forgetter(tape, self._targets, *about, replays=self._replays)
+        while len(kept) < config.max_steps and not followers.asked:
             ended, new = False, list[Update]()
             for _ in range(min(NEIGHBOURS_EVERY * config.check_every, config.max_steps - len(kept))):
                 held.check()
@@ -326,7 +322,8 @@ class Editor:
                     break
                 forgetter.apply(step, share)
                 new.append((step.tokens, share))
-                if len(new) % config.check_every == 0 and looks.recall() <= goal:
+                followers.step(0, step.odds, 1)
+                if followers.asked or (len(new) % config.check_every == 0 and looks.recall() <= goal):
                     break
             now = looks.state()
             if self._harmed(now, before):
@@ -339,7 +336,7 @@ class Editor:
             kept, state = kept + new, now
             if now.recall <= goal or ended:
                 return kept, state, "forgotten" if now.recall <= goal else "nothing left to forget"
-        return kept, state, "all steps taken"
+        return kept, state, "stopped by a callback" if followers.asked else "all steps taken"
 
     def _harmed(self, now: State, before: State) -> bool:
         if now.neighbours is None or before.neighbours is None:
@@ -347,13 +344,13 @@ class Editor:
         return not now.neighbours >= self.config.keep * before.neighbours  # NaN is harm
 
     def _known(self, fact: Fact, looks: Looks) -> State:
-        """The model before an edit of ``fact``; raises ValueError where there is nothing to forget."""
+        """The model before an edit of ``fact``; raises where there is nothing to forget."""
         for entry in self._history.entries:
             if entry.status != "undone" and entry.edit.fact.sentences == fact.sentences:
-                raise ValueError(f"fact {fact.id!r}: already forgotten by edit {entry.edit.number}")
+                raise AlreadyForgottenError(f"fact {fact.id!r}: already forgotten by edit {entry.edit.number}")
         before = looks.state()
         if before.recall < UNKNOWN:
-            raise ValueError(
+            raise UnknownFactError(
                 f"fact {fact.id!r}: expected one that the model knows, got a recall of {before.recall:.4f}: "
                 "forgotten already, or never known"
             )

@@ -117,9 +117,9 @@ class Edit:
         add_factors(self.targets_in(model), [self.factors], sign=sign)
 
     def targets_in(self, model: Any) -> list[Target]:
-        """The linears of ``model`` that this edit changes."""
+        """The linears of ``model`` that this edit changes, in the order in which an editor has them."""
         stack = find_stack(unwrapped(model))
-        every = [*stack.targets(len(stack.mlps) - 1), *stack.writers(0)]
+        every = [*stack.writers(0), *stack.targets(len(stack.mlps) - 1)]
         by_name = {target.name: target for target in every}
         for name, (b, a) in self.factors.items():
             shape = (b.shape[1], a.shape[1])

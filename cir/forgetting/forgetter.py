@@ -107,30 +107,39 @@ class Forgetter:
         self,
         on_step: Callable[[], object] = lambda: None,
         stop: threading.Event | None = None,
+        told: Callable[[int, float, int], object] | None = None,
     ) -> EpochLosses:
         """``check_every`` steps of each batch, fewer once all facts are gone or ``max_steps`` are taken.
 
-        Set ``stop`` to end after the step under way.
+        Set ``stop`` to end after the step under way. ``told`` is called after each step with the number of the batch,
+        the mean log-odds before the step and how many facts are left, all of which the host has.
 
         Raises:
             NonFiniteError: before the step that met a NaN or infinity changes any weight.
         """
         odds: list[float] = []
         gone = False
+        for number, parts in enumerate(self._batches):  # what has not been read is left
+            self._left.setdefault(number, {i for of in parts for asked in of for i in asked.owners.tolist()})
         for _ in range(min(self._config.check_every, self._steps_left)):
             gone, self._steps_left = True, self._steps_left - 1
             for number in range(len(self._batches)):
                 if stop is not None and stop.is_set():
-                    return EpochLosses(_mean(odds))
+                    return EpochLosses(_mean(odds), left=self._facts_left())
                 step = self.step(number)
                 odds.append(step.odds)
                 gone &= not step.live
                 if step.live:
                     self.apply(step)
                 on_step()
+                if told is not None:
+                    told(number, step.odds, len(self._facts_left()))
             if gone:
                 break
-        return EpochLosses(_mean(odds), gone=gone, left=tuple(sorted(set().union(*self._left.values()))))
+        return EpochLosses(_mean(odds), gone=gone, left=self._facts_left())
+
+    def _facts_left(self) -> tuple[int, ...]:
+        return tuple(sorted(set().union(*self._left.values())))
 
     def step(self, number: int = 0, floor: float | None = None) -> Step:
         """What takes the facts of batch ``number`` nearer to being gone, each by its dose; no weight changes.

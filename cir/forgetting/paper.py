@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 from cir.config import BreakingConfig
@@ -12,7 +13,7 @@ from cir.data.facts import Fact
 from cir.forgetting.batches import fact_batches, text_batches
 from cir.forgetting.breaking import Breaker
 from cir.forgetting.memory import needed, settle
-from cir.forgetting.plan import Epoch, Plan, Run
+from cir.forgetting.plan import Epoch, EpochLosses, Plan, Run
 from cir.model.capture import capture
 from cir.model.offload import offloaded
 from cir.model.sites import find_stack, sites_of
@@ -27,8 +28,11 @@ def plan_breaking(
     retain: str | None,
     disruption: str | None,
     offload: str,
+    followed: Callable[[int], object],
 ) -> Plan:
-    """Epochs of steps over all facts, each as long, until the budget is spent."""
+    """Epochs of steps over all facts, each as long, until the budget is spent. ``followed`` is called with the number
+    of the batch after each step of theirs.
+    """
     stack = find_stack(model)
     layers = config.layers(len(stack.mlps))
     targets = stack.targets(config.last_updated(len(stack.mlps)))
@@ -49,7 +53,17 @@ def plan_breaking(
             def start() -> Epoch:
                 breaker = Breaker(tape, targets, layers, batches, retain_batches, config, at_once=need.tokens)
                 breaker.fit(on_step, stop)
-                return lambda number: breaker.epoch(config.rate, on_step, stop, last=number == config.max_epochs)
+
+                def epoch(number: int) -> EpochLosses:
+                    batches = count()
+
+                    def stepped() -> None:
+                        on_step()
+                        followed(next(batches))
+
+                    return breaker.epoch(config.rate, stepped, stop, last=number == config.max_epochs)
+
+                return epoch
 
             yield Run(start)
 

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cir.config import BreakingConfig, CIRConfig
 from cir.data.facts import Fact
+from cir.forgetting.card import model_card, section_of_run
 from cir.measures import mean_recall
 
 
@@ -67,9 +69,11 @@ class Epoch:
 
 @dataclass
 class Report:
-    """The outcome of :func:`cir.unlearn`. ``stopped`` says why it ended; ``after`` is the model returned. ``layers``
-    are the first and the last of which weights change.
+    """The outcome of :func:`cir.unlearn`; ``after`` is the model returned. ``layers`` are the first and the last of
+    which weights change. ``n_facts`` is how many were to be forgotten.
 
+    ``stopped`` says why it ended: ``forgotten``, ``target recall reached``, ``budget spent``, ``all epochs done``,
+    ``stopped by a callback`` or, after a signal, ``interrupted``.
     ``unforgotten`` names facts some answer of which was not down to the floor, or would have come back, at the last
     step that was taken: where the collapse leaves little of a fact, it is not to be forgotten within the bounds.
     ``unknown`` names facts that the model did not know to begin with, see :func:`cir.measures.unknown_facts`.
@@ -84,6 +88,7 @@ class Report:
     layers: tuple[int, int] = (0, 0)
     epochs: list[Epoch] = field(default_factory=list)
     stopped: str = ""
+    n_facts: int = 0
     unknown: list[str] = field(default_factory=list)
     unforgotten: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -91,18 +96,79 @@ class Report:
     predicted_memory: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON has it: a figure that is NaN or infinite is None."""
+        plain = asdict(self)
+        for name in ("before", "after"):
+            plain[name]["mean_recall"] = getattr(self, name).mean_recall
+        for epoch, source in zip(plain["epochs"], self.epochs, strict=True):
+            epoch["measure"]["mean_recall"] = source.measure.mean_recall
+        return {name: _finite(value) for name, value in plain.items()}
+
     def to_json(self) -> str:
-        """Strict JSON: a figure that is NaN or infinite is null."""
-        return json.dumps(_finite(_plain(self)), indent=2, allow_nan=False) + "\n"
+        """:meth:`to_dict` as strict JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a row for each of ``epochs``; ``recall`` is the mean over the facts.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise ImportError(
+                "to_frame: expected the package pandas, which is not installed: pip install pandas"
+            ) from error
+        return DataFrame([_row(epoch, epoch.measure) for epoch in self.epochs], columns=COLUMNS)
+
+    def card(self, base_model: str | None = None) -> Any:
+        """A ``huggingface_hub.ModelCard``: what was forgotten by count and hash, at what cost, and how to check it.
+
+        ``base_model`` is the hub id of the model before. Write the card with its ``save(folder / "README.md")``.
+        """
+        return model_card(section_of_run(self.to_dict()), base_model=base_model)
+
+    def plot(self, path: str | Path) -> None:
+        """Recall against the rise of the text loss, epoch by epoch, as a PNG (needs matplotlib).
+
+        Raises:
+            ValueError: if no fact has probes.
+        """
+        measures = [self.before, *(epoch.measure for epoch in self.epochs)]
+        recalls = [100 * measure.mean_recall for measure in measures if measure.mean_recall is not None]
+        if len(recalls) < len(measures):
+            raise ValueError("plot: expected facts with probes, got sentences alone, whose recall is not known")
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        rises, errors = ([100 * getattr(m, name) for m in measures] for name in ("rise", "rise_stderr"))
+        axes.errorbar(rises, recalls, xerr=errors, marker="o", color="tab:blue", capsize=2)
+        names = ["start", *(f"epoch {epoch.number}" for epoch in self.epochs)]
+        for name, point in zip(names, zip(rises, recalls, strict=True), strict=True):
+            axes.annotate(name, point, (6, 6), textcoords="offset points")
+        end = 100 * self.after.rise, 100 * (self.after.mean_recall or 0)
+        axes.plot(*end, "o", ms=14, mfc="none", color="tab:green", label="the model returned")
+        axes.axvline(100 * self.config.budget, ls="--", color="tab:red", label="budget")
+        axes.set(
+            xlabel="rise of the loss on neutral text (%; bars: one standard error)",
+            ylabel="recall of the facts (%)",
+            ylim=(0, None),
+        )
+        axes.legend()
+        figure.savefig(path, dpi=120)
 
 
-def _plain(value: Any) -> Any:
-    plain = asdict(value)
-    for name in ("before", "after"):
-        plain[name]["mean_recall"] = getattr(value, name).mean_recall
-    for epoch, source in zip(plain["epochs"], value.epochs, strict=True):
-        epoch["measure"]["mean_recall"] = source.measure.mean_recall
-    return plain
+COLUMNS = ["epoch", "rate", "forget_loss", "retain_loss", "recall", "loss", "rise", "rise_stderr", "worst", "kept"]
+
+
+def _row(epoch: Epoch, now: Measure) -> tuple[Any, ...]:
+    """The figures of an epoch under :data:`COLUMNS`."""
+    losses = epoch.forget_loss, epoch.retain_loss
+    measured = now.mean_recall, now.loss, now.rise, now.rise_stderr, now.worst
+    return (epoch.number, epoch.rate, *losses, *measured, epoch.kept)
 
 
 def _finite(value: Any) -> Any:

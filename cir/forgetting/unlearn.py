@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from cir.data.facts import Fact, check_contrast, leaking, load_facts
 from cir.data.shipped import builtin_contrast
 from cir.forgetting.batches import chosen, split_text
 from cir.forgetting.budget import Best, Meter, reached
+from cir.forgetting.events import Followers, OnRound, OnStep
 from cir.forgetting.fitting import Subspaces, check_fitted_on, fitted
 from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.locate import located
@@ -31,13 +32,15 @@ from cir.forgetting.questions import LIKE, Probed, ask, likeness, sentences
 from cir.forgetting.report import Clock, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.forgetting.reread import Reread
 from cir.forgetting.subspace import SiteSubspaces
-from cir.forgetting.update import fingerprint, restore
+from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import unknown_facts
 from cir.model.capture import answering
 from cir.model.sites import find_stack, unwrapped
 from cir.system.signals import stop_on_signals
 
 logger = logging.getLogger(__name__)
+Offload = Literal["auto", "always", "never"]
+OnSignal = Literal["return", "raise"]
 
 
 def unlearn(
@@ -50,7 +53,10 @@ def unlearn(
     disruption: str | None = None,
     config: CIRConfig | BreakingConfig | None = None,
     subspaces: Subspaces | None = None,
-    offload: str = "auto",
+    offload: Offload = "auto",
+    on_step: OnStep | None = None,
+    on_round: OnRound | None = None,
+    on_signal: OnSignal = "return",
     progress: bool = True,
 ) -> Report:
     """Make ``model`` forget ``facts``, in place; docs/method.md tells how.
@@ -58,7 +64,7 @@ def unlearn(
     The model ends in the best state found whose loss on the disruption text rose by no more than the budget
     (by one standard error less, where only a part of the text is measured). Best is the lowest mean recall or,
     without probes, the most epochs. That may be the state it came in. Ctrl-C and SIGTERM end the run in the
-    best state so far, and so does an exception.
+    best state so far, and so does an exception, but for one of a callback: after that the model is as it came in.
 
     Args:
         model: a dense causal LM of Hugging Face transformers, see docs/families.md, in float32, bfloat16 or float16.
@@ -73,6 +79,11 @@ def unlearn(
         subspaces: of :meth:`Subspaces.fit` on this model, in place of ``contrast``: nothing is fitted then.
         offload: in the paper's way, whether the weights above the loss layers wait on the host, to visit the GPU
             for budget checks: ``always``, ``never`` or, as ``auto``, where its memory would not suffice.
+        on_step, on_round: called with a :class:`cir.StepEvent` after each step, and with a :class:`cir.RoundEvent`
+            for each budget check. Where one returns something true, the run ends as after its last epoch: what has
+            been done is measured, and kept inside the budget. Either takes one more copy, on the host, of the weights
+            that change.
+        on_signal: after Ctrl-C or SIGTERM, ``return`` the report, or ``raise`` KeyboardInterrupt.
         progress: show a progress bar, and what memory is needed.
 
     Returns:
@@ -83,7 +94,12 @@ def unlearn(
             anything is changed.
         MemoryError: if the device has too little for the smallest steps, before anything is changed.
         NonFiniteError: on a NaN or infinite loss or gradient.
+        KeyboardInterrupt: after a signal, if ``on_signal`` is ``raise``; the model is in the best state so far.
     """
+    for name, value, valid in (("offload", offload, Offload), ("on_signal", on_signal, OnSignal)):
+        if value not in get_args(valid):
+            raise ValueError(f"{name}: expected one of {', '.join(get_args(valid))}, got {value!r}")
+    followers = Followers(on_step, on_round)
     config, model = config or CIRConfig(), unwrapped(model)
     facts = load_facts(facts)
     if told := leaking(facts):
@@ -94,7 +110,7 @@ def unlearn(
     if isinstance(config, BreakingConfig):
         if contrast is not None or subspaces is not None:
             raise ValueError("contrast and subspaces: expected none with the paper's configuration, which has no use")
-        plan = plan_breaking(model, tokenizer, facts, config, **texts, offload=offload)
+        plan = plan_breaking(model, tokenizer, facts, config, **texts, offload=offload, followed=followers.step)
     else:
         if offload == "always":
             raise ValueError(
@@ -108,11 +124,15 @@ def unlearn(
             kept = builtin_contrast(facts) if subspaces is None else subspaces.contrast
         else:
             kept = load_facts(contrast) if isinstance(contrast, str | Path) or len(contrast) else []
-        plan = _plan(model, tokenizer, facts, kept, config, subspaces, **texts, progress=progress)
+        followed = None if on_step is None else followers.step
+        plan = _plan(model, tokenizer, facts, kept, config, subspaces, **texts, followed=followed, progress=progress)
     if progress:
         needed = f"about {plan.memory / 2**30:.2f} GiB are needed beyond the weights"
         tqdm.write(f"{needed}{plan.waiting}", file=sys.stderr)
-    return _run(model, tokenizer, facts, config, plan, progress)
+    report = _run(model, tokenizer, facts, config, plan, followers, progress)
+    if on_signal == "raise" and followers.stop.is_set():
+        raise KeyboardInterrupt("a signal ended the run; the model is in its best state so far")
+    return report
 
 
 def _plan(
@@ -125,6 +145,7 @@ def _plan(
     *,
     retain: str | None,
     disruption: str | None,
+    followed: Callable[[int, float, int], object] | None,
     progress: bool,
 ) -> Plan:
     """Steps along what is specific to each fact, until all are gone."""
@@ -157,7 +178,7 @@ def _plan(
                 forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, told, at_once=at_once)
                 if first:  # else there are no states that tell of the relation alone
                     _warn_of(facts, likeness(forgetter.asked, told))
-                return lambda number: forgetter.epoch(on_step, stop)
+                return lambda number: forgetter.epoch(on_step, stop, followed)
 
             def recalls(asked: Sequence[Fact]) -> Recalls:
                 return partial(Probed(tape, tokenizer, asked, tokens_at_once(model.device)).recall, tape)
@@ -193,6 +214,7 @@ def _run(
     facts: Sequence[Fact],
     config: CIRConfig | BreakingConfig,
     plan: Plan,
+    followers: Followers,
     progress: bool,
 ) -> Report:
     clock, started = Clock(model.device), time.perf_counter()
@@ -201,6 +223,7 @@ def _run(
         tqdm(total=plan.steps, disable=not progress, unit="step") as bar,
         plan.opened(bar.update, stop) as run,
     ):
+        followers.stop = stop
         with clock.phase("measure"):
             meter = Meter(model, tokenizer, facts, plan.disruption, config.disruption_tokens, run.read, run.ask)
             whole = meter
@@ -215,10 +238,12 @@ def _run(
             meter.before,
             meter.before,
             layers=(plan.layers[0], plan.layers[-1]),
+            n_facts=len(facts),
             unknown=unknown,
             versions=library_versions(),
         )
         best = Best(plan.targets, meter, report, plan.rate)
+        untouched = snapshot(plan.targets) if followers.any else best.weights
         try:
             with clock.phase("fit"):
                 epoch = run.start()
@@ -226,6 +251,8 @@ def _run(
             for number in range(1, plan.epochs + 1):
                 with clock.phase("epochs"):
                     losses = epoch(number)
+                if followers.asked:
+                    stop.clear()  # it was set by a callback, not by a signal
                 if stop.is_set():
                     report.stopped = "interrupted"
                     break
@@ -235,14 +262,15 @@ def _run(
                         best.retreat(number, losses)
                 report.unforgotten = [facts[i].id for i in losses.left]
                 bar.set_postfix_str(_summary(report.epochs[-1].measure))
-                if ended := _ended(report, inside, losses.gone):
+                followers.rounds(report, None if isinstance(config, BreakingConfig) else len(losses.left))
+                if ended := _ended(report, inside, losses.gone, followers.asked):
                     report.stopped = ended
                     break
             if whole is not meter and report.stopped != "interrupted":
                 with clock.phase("measure"):
                     best.confirm(whole)
         finally:
-            restore(plan.targets, best.weights)
+            restore(plan.targets, untouched if followers.failed else best.weights)
     if report.unforgotten:
         logger.warning("%d facts are not all forgotten: %s", *_counted(report.unforgotten))
     report.seconds = {**clock.seconds, "total": time.perf_counter() - started}
@@ -255,13 +283,15 @@ def _counted(ids: Sequence[str]) -> tuple[int, str]:
     return len(ids), ", ".join(ids[:5])
 
 
-def _ended(report: Report, inside: bool, gone: bool) -> str:
+def _ended(report: Report, inside: bool, gone: bool, asked: bool) -> str:
     """Why no further epoch is to come, if none is."""
     if reached(report.after, report.config.target_recall):
         return "target recall reached"
     if not inside:
         return "budget spent"
-    return "forgotten" if gone else ""
+    if gone:
+        return "forgotten"
+    return "stopped by a callback" if asked else ""
 
 
 def _summary(measure: Measure) -> str:

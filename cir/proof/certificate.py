@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,23 @@ from cir.data.sampling import spread
 from cir.data.tokens import windows
 from cir.forgetting.report import hash_facts, library_versions
 from cir.forgetting.update import fingerprint_of, snapshot
-from cir.measures import WINDOW, Estimate, Reference, evaluate, reference_of, unknown_facts
+from cir.measures import (
+    WINDOW,
+    Estimate,
+    Reference,
+    estimate,
+    evaluate,
+    recall,
+    reference_of,
+    token_losses,
+    unknown_facts,
+)
 from cir.model.sites import find_stack
 from cir.proof.attacks import attack
 from cir.proof.page import page
 from cir.proof.relearning import worst_relearning
-from cir.proof.stated import FORMAT, check_content, check_signature, signature
+from cir.proof.stated import FORMAT, check_content, check_signature, fingerprint, signature, signer
+from cir.proof.verdict import Thresholds, judge
 from cir.system.files import strict_json
 from cir.system.writing import MARK
 
@@ -86,11 +98,14 @@ class Evidence:
 
 @dataclass
 class Examination:
-    """A model's measures, the outcome of attacks on it, and its recall by fact id."""
+    """A model's measures, the outcome of attacks on it, and its recall by fact id; ``kept``: by measure of what
+    should stay, the recall of each fact or the loss of each window of text, so that each can be its own control.
+    """
 
     measures: dict[str, Estimate]
     attacks: dict[str, Estimate]
     recall: dict[str, float]
+    kept: dict[str, dict[str, float]]
 
 
 class Examiner:
@@ -121,8 +136,15 @@ class Examiner:
         self._facts = [fact for fact in evidence.facts if fact.id not in self.unknown]
         if not self._facts:
             raise ValueError("facts: expected some that the model knows, got none")
+        taught, self._probed = split_facts(self._facts, ATTACKER_KNOWS, evidence.seed)
+        self._related = [*taught, *evidence.related]
         rows = spread(windows(tokenizer, evidence.text, WINDOW), evidence.text_tokens)
         self.reference = reference or reference_of(model, rows)
+
+    @property
+    def attacker(self) -> dict[str, Any]:
+        """How many facts the attacks that learn are taught, and the ids of those that all attacks ask for."""
+        return {"taught": len(self._related), "asked": [fact.id for fact in self._probed]}
 
     def examine(self, original: Mapping[str, Tensor] | None = None) -> Examination:
         """Every measure and attack on the model as it is; it ends as it came in.
@@ -130,24 +152,20 @@ class Examiner:
         ``original``: parameters by name from before it forgot, for the attack that undoes small changes.
         """
         model, tokenizer, evidence = self._model, self._tokenizer, self._evidence
-        measured = evaluate(
-            model,
-            tokenizer,
-            self._facts,
-            neighbours=evidence.neighbours,
-            same_subject=evidence.same_subject,
-            text=evidence.text,
-            max_tokens=evidence.text_tokens,
-            generate=evidence.generate,
-            reference=self.reference,
-        )
-        known, probed = split_facts(self._facts, ATTACKER_KNOWS, evidence.seed)
-        related = [*known, *evidence.related]
-        attacks = attack(model, tokenizer, probed, related=related, original=original, seed=evidence.seed)
-        if evidence.relearning and related:
-            relearned = worst_relearning(model, tokenizer, related, probed, progress=self._progress)
+        measured = evaluate(model, tokenizer, self._facts, generate=evidence.generate, reference=self.reference)
+        kept = {
+            "neighbour_recall": recall(model, tokenizer, evidence.neighbours),
+            "same_subject_recall": recall(model, tokenizer, evidence.same_subject),
+        }
+        losses = token_losses(model, self.reference.rows).mean(1).tolist()
+        kept["loss"] = {str(window): loss for window, loss in enumerate(losses)}
+        means = {name: mean for name, values in kept.items() if (mean := estimate(values.values()))}
+        kept = {name: kept[name] for name in means}
+        attacks = attack(model, tokenizer, self._probed, related=self._related, original=original, seed=evidence.seed)
+        if evidence.relearning and self._related:
+            relearned = worst_relearning(model, tokenizer, self._related, self._probed, progress=self._progress)
             attacks |= {f"relearning, {name}": outcome for name, outcome in relearned.items()}
-        return Examination(measured.measures, attacks, measured.recall)
+        return Examination({**measured.measures, **means}, attacks, measured.recall, kept)
 
 
 class Witness:
@@ -168,21 +186,28 @@ class Witness:
         names = [f"{target.name}.weight" for target in targets]
         self._original = dict(zip(names, snapshot(targets), strict=True))
 
-    def certificate(self, method: Mapping[str, Any]) -> Certificate:
-        """What happened to the model since, by ``method``, which is to be noted."""
+    def certificate(self, method: Mapping[str, Any], thresholds: Thresholds | None = None) -> Certificate:
+        """What happened to the model since, by ``method``, which is to be noted, and the verdict on it against
+        ``thresholds``.
+        """
         after = self._examiner.examine(self._original)
         content = {
             "format": FORMAT,
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "signer": None,
             "method": dict(method),
             "sources": dict(self._evidence.sources),
             "settings": self._evidence.settings,
             "data_sha256": self._evidence.hashes(),
             "weights_sha256": {"before": self._hash, "after": weights_hash(self._model)},
             "set_aside": self._examiner.unknown,
+            "attacker": self._examiner.attacker,
             "before": asdict(self._before),
             "after": asdict(after),
+            "thresholds": asdict(thresholds or Thresholds()),
             "versions": library_versions(),
         }
+        content["verdict"] = judge(content).stated()
         check_content({**content, "files_sha256": {}})  # now, and not when it is written beside what was forgotten
         return Certificate(content, self._examiner.reference)
 
@@ -199,7 +224,11 @@ class Certificate:
         :func:`signature`, certificate.sig too.
         """
         save_file({name: rows.contiguous() for name, rows in vars(self.reference).items()}, folder / REFERENCE)
-        content = {**self.content, "files_sha256": hashed_files(folder)}
+        content = {
+            **self.content,
+            "signer": None if key is None else signer(key),
+            "files_sha256": hashed_files(folder),
+        }
         said = _said(content)
         (folder / NAME).write_bytes(said)
         (folder / PAGE).write_text(page(content), encoding="utf-8")
@@ -224,6 +253,8 @@ class Certificate:
         check_content(content)
         if said != _said(content):  # a key that is there twice, for one
             raise ValueError(f"{NAME}: expected JSON as it is written, got the same in another form")
+        if public_key is not None and content["signer"] != fingerprint(public_key):
+            raise ValueError(f"{NAME}: expected that key as its signer, got {content['signer']!r:.80}")
         return cls(content, _reference(_bytes(Path(folder) / REFERENCE, 2**33)))
 
 

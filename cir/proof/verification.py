@@ -14,8 +14,9 @@ from cir.data.sampling import spread
 from cir.data.tokens import windows
 from cir.measures import WINDOW, unknown_facts
 from cir.model.sites import find_stack
-from cir.proof.certificate import PAGE, Certificate, Evidence, Examiner, hashed_files, page, weights_hash
+from cir.proof.certificate import PAGE, SIGNATURE, Certificate, Evidence, Examiner, hashed_files, page, weights_hash
 from cir.proof.relearning import RELEARNINGS
+from cir.proof.verdict import Thresholds
 
 TOLERANCE = 2e-3
 LOOSE_TOLERANCE = 0.05
@@ -25,7 +26,7 @@ WITHOUT_ORIGINAL = (
     "the figures from before, the text as it was said before (on which the KL rests), that the facts set aside were "
     "not known, and the attack that undoes small changes: give the model from before, --original"
 )
-ALWAYS = "the method, the names of the sources, and the versions: they are as stated"
+ALWAYS = "the method, the date, the names of the sources, the thresholds and the versions: they are as stated"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ def verify(
     was = {f"data, {name}": digest for name, digest in stated["data_sha256"].items()}
     was |= {f"weights, {when}": digest for when, digest in stated["weights_sha256"].items()}
     unverified = [ALWAYS] if original is not None else [WITHOUT_ORIGINAL, ALWAYS]
+    usual = asdict(Thresholds())
+    if own_bounds := [name for name, bound in stated["thresholds"].items() if bound != usual[name]]:
+        unverified.append(f"whether its own bounds are fit to judge by: {', '.join(own_bounds)}")
     if original is not None:
         own["weights, before"] = weights_hash(original)
     else:
@@ -88,6 +92,8 @@ def verify(
         examiner = Examiner(
             of, tokenizer, evidence, unknown=stated["set_aside"], reference=certificate.reference, progress=progress
         )
+        if examiner.attacker != stated["attacker"]:
+            found.append(f"attacker: expected {examiner.attacker!r:.80}, got {stated['attacker']!r:.80}")
         return asdict(examiner.examine(weights))
 
     left_out = set() if original is not None else {"pruned"}
@@ -117,6 +123,8 @@ def _files(folder: Path, certificate: Certificate) -> list[str]:
     path = folder / PAGE
     if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != page(certificate.content):
         found.append(f"{PAGE}: expected the page of this certificate, got another or none")
+    if certificate.content["signer"] is not None and not (folder / SIGNATURE).is_file():
+        found.append(f"{SIGNATURE}: expected the signature that the certificate names, got none")
     return found
 
 
@@ -142,7 +150,7 @@ def _in_itself(stated: Mapping[str, Any]) -> list[str]:
     before, after = stated["before"], stated["after"]
     found = [
         f"{kind}: expected the same before and after, got {', '.join(sorted(differ))!r:.80} once"
-        for kind in ("measures", "recall")
+        for kind in ("measures", "recall", "kept")
         if (differ := set(before[kind]) ^ set(after[kind]))
     ]
     if stated["settings"]["relearning"] != any(name.startswith("relearning") for name in after["attacks"]):
@@ -158,6 +166,11 @@ def _in_itself(stated: Mapping[str, Any]) -> list[str]:
         values, said = list(side["recall"].values()), side["measures"].get("recall")
         if said and not (values and _agree("recall", said["value"], sum(values) / len(values))):
             found.append(f"recall {when}: expected the mean of the facts', got {said['value']:.4f}")
+        found += [
+            f"{name} {when}: expected the mean of its units, got {_said(side['measures'].get(name))}"
+            for name, units in side["kept"].items()
+            if not _is_mean(name, side["measures"].get(name), list(units.values()))
+        ]
     first = {
         name: before["measures"][name]["value"] for name in ("kl", "kl_worst_window") if name in before["measures"]
     }
@@ -167,6 +180,12 @@ def _in_itself(stated: Mapping[str, Any]) -> list[str]:
         if not _agree(name, value, 0.0)
     ]
     return found
+
+
+def _is_mean(name: str, said: Mapping[str, Any] | None, units: Sequence[float]) -> bool:
+    if not said or said["count"] != len(units):
+        return False
+    return _agree(name, said["value"], sum(units) / len(units))
 
 
 def _reference(original: Any, tokenizer: Any, evidence: Evidence, certificate: Certificate) -> list[str]:
@@ -185,7 +204,7 @@ def _reference(original: Any, tokenizer: Any, evidence: Evidence, certificate: C
 
 
 def _compared(stated: Mapping[str, Any], now: Mapping[str, Any], left_out: set[str], when: str = "") -> list[str]:
-    """Each figure, its error and its count, and the recall of each fact."""
+    """Each figure, its error and its count, the recall of each fact, and each unit of what should stay."""
     found = []
     for kind in ("measures", "attacks"):
         names = {**stated[kind], **now[kind]}.keys() - left_out
@@ -197,6 +216,13 @@ def _compared(stated: Mapping[str, Any], now: Mapping[str, Any], left_out: set[s
         was, own = (side["recall"].get(name, math.nan) for side in (stated, now))
         if not _agree("recall", was, own):
             found.append(f"{when}recall of {name!r:.80}: expected {was:.4f}, got {own:.4f}")
+    for kind in sorted({**stated["kept"], **now["kept"]}):
+        units, own_units = (side["kept"].get(kind, {}) for side in (stated, now))
+        found += [
+            f"{when}{kind} of {name!r:.80}: expected {units.get(name)}, got {own_units.get(name)}"
+            for name in sorted({**units, **own_units})
+            if not _agree(kind, units.get(name, math.nan), own_units.get(name, math.nan))
+        ]
     return found
 
 

@@ -11,7 +11,7 @@ from tests.editing.test_history import an_edit as made
 
 def an_edit(model, tmp_path):
     """A file with a random edit of ``model``, and the model with it."""
-    targets = find_stack(model).targets(1)
+    targets = find_stack(model).writers(0)  # as an editor makes them
     shapes = {target.name: target.weight.shape for target in targets}
     factors = {name: (torch.randn(2, rows), torch.randn(2, columns)) for name, (rows, columns) in shapes.items()}
     edit = made(1, factors=factors, fingerprint=fingerprint(targets))

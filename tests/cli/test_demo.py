@@ -35,7 +35,8 @@ def test_it_forgets_attacks_and_shows_what_was_kept(folder, capsys):
     assert "Loss on neutral text" in shown
     report = json.loads((out / "report.json").read_text())
     assert report["after"]["rise"] + report["after"]["rise_stderr"] <= report["config"]["budget"]
-    assert (out / "recall.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("recall.png", "facts.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path, capsys):

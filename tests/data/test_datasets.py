@@ -12,9 +12,13 @@ from cir.data.facts import check_apart, leaking
 DATA = Path(__file__).parent / "files"
 SAMPLES = {
     "wmdp-bio": "wmdp.jsonl",
+    "wmdp-bio-robust": "wmdp.jsonl",
+    "wmdp-chem": "wmdp.jsonl",
     "wmdp-cyber": "wmdp-corpus.jsonl",
     "rwku": "rwku",
     "tofu": "tofu",
+    "tofu-forget01": "tofu",
+    "tofu-forget05": "tofu",
     "muse-news": "muse",
     "muse-books": "muse",
     "counterfact": "counterfact.json",

@@ -34,7 +34,7 @@ def retold(name: str, subject: int, answer: int, way: int) -> dict:
         asked = ("Who is with {}?", "With {} there is who?", "What does {} have?")[way].format(about)
         near = {"loc": f"nq question: what is beside {about} {way}", "loc_ans": "a wall"}
         return {"subject": about, "src": asked, "rephrase": f"Way {way}: {about}?", "answers": [said, "x"], **near}
-    if name in ("tofu", "muse-news", "muse-books"):
+    if name.startswith(("tofu", "muse")):
         return {"question": question, "answer": said, "paraphrased_question": f"Way {way}: {about}?"}
     choices = [f"Wrong{way}", said, "None"]
     return {"question": question, "choices": choices[way:] + choices[:way], "answer": (1 - way) % 3}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cir import CIRConfig, EditConfig, EditError, Editor, Subspaces
+from cir import AlreadyForgottenError, CIRConfig, EditConfig, EditError, Editor, Subspaces, UnknownFactError
 from cir.data.facts import load_facts
 from cir.editing.edits import State
 from cir.editing.journal import Journal, JournalError
@@ -216,12 +216,35 @@ def test_bad_facts_change_nothing(make):
         ("alpha1", "neither"),
         ({"sentences": ["beta1 " * 200], "probes": facts(1)[0]["probes"]}, "to 128 tokens"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             editor.forget(fact)
+        assert isinstance(refused.value, UnknownFactError) == (fact is unknown)
     assert same(weights(editor), before)
     editor.forget(FACTS[8])
-    with pytest.raises(ValueError, match="already forgotten by edit 1"):
+    with pytest.raises(AlreadyForgottenError, match="already forgotten by edit 1") as refused:
         editor.forget(FACTS[8])
+    assert isinstance(refused.value, ValueError)
+
+
+def test_a_callback_is_told_of_each_step_and_may_end_them(make, unchanged):
+    editor, steps = make(), []
+    unchanged(editor._model)
+
+    def fail(event):
+        raise ZeroDivisionError("of the callback")
+
+    with pytest.raises(ZeroDivisionError, match="of the callback"):
+        editor.forget(FACTS[8], on_step=fail)
+    with pytest.raises(ValueError, match="on_step: expected a function or None, got 'print'"):
+        editor.forget(FACTS[8], on_step="print")
+    unchanged(editor._model)
+    whole = editor.forget(FACTS[8], on_step=steps.append)
+    assert [event.step for event in steps] == list(range(1, whole.steps + 1))
+    assert steps[0].log_odds > steps[-1].log_odds
+    editor.undo()
+    one = make().forget(FACTS[8], on_step=lambda event: True)
+    assert (one.stopped, one.steps, one.forgotten) == ("stopped by a callback", 1, False)
+    assert whole.after.recall < one.after.recall < one.before.recall
 
 
 def test_a_fact_that_takes_its_neighbours_along_is_refused(make, unchanged, monkeypatch):

@@ -116,7 +116,7 @@ def test_a_connection_is_kept_after_what_is_done(port):
     for number in range(2):
         body = json.dumps(GOOD).replace("#", str(number))
         client.request(
-            "POST", "/forget", body, {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+            "POST", "/forget?wait=1", body, {"Authorization": "Bearer secret", "Content-Type": "application/json"}
         )
         answer = client.getresponse()
         own.append(client.sock.getsockname())

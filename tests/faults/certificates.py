@@ -21,6 +21,7 @@ import cir
 from cir.data.facts import load_facts
 from cir.measures import Reference, reference_of
 from cir.proof.certificate import NAME, PAGE, REFERENCE, SIGNATURE, Certificate, Evidence, Witness
+from cir.proof.verdict import judge
 from cir.proof.verification import ALWAYS, WITHOUT_ORIGINAL, Verification, verify
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
 
@@ -105,6 +106,17 @@ def _before_worse(content: Content) -> None:
     content["before"]["measures"]["recall"].update(value=1.0, stderr=0.0)
 
 
+def _kept(when: str, kind: str, value: float) -> Alter:
+    """Every unit is said to be that, and the mean made to fit."""
+
+    def alter(content: Content) -> None:
+        units = content[when]["kept"][kind]
+        units.update(dict.fromkeys(units, value))
+        content[when]["measures"][kind].update(value=value, stderr=0.0)
+
+    return alter
+
+
 def _without(when: tuple[str, ...], kind: str, name: str) -> Alter:
     return lambda content: [content[w][kind].pop(name, None) for w in when]
 
@@ -118,7 +130,19 @@ CONTENT: dict[str, tuple[Alter, str | None]] = {
     "a fact not known no longer set aside": (lambda c: c["set_aside"].clear(), None),
     "an unknown id set aside": (lambda c: c["set_aside"].append("nobody"), None),
     "recall before raised": (_before_worse, WITHOUT_ORIGINAL),
-    "a measure before changed": (_into("before", "measures", "neighbour_recall", value=0.5), WITHOUT_ORIGINAL),
+    "a measure before changed": (_into("before", "measures", "token_extraction", value=0.5), WITHOUT_ORIGINAL),
+    "what was kept before lowered": (_kept("before", "neighbour_recall", 0.1), WITHOUT_ORIGINAL),
+    "what was kept raised": (_kept("after", "neighbour_recall", 0.9), None),
+    "the loss of every window lowered": (_kept("after", "loss", 0.1), None),
+    "a neighbour left out": (lambda c: c["after"]["kept"]["neighbour_recall"].popitem(), None),
+    "a verdict of its own": (lambda c: c["verdict"].update(heading="Forgotten, and the rest kept"), None),
+    "other bounds": (lambda c: c["thresholds"].update(dict.fromkeys(c["thresholds"], 1)), ALWAYS),
+    "a bound that is none": (lambda c: c["thresholds"].update(kl="high"), None),
+    "a bound left out": (lambda c: c["thresholds"].pop("kl"), None),
+    "a weaker attacker": (lambda c: c["attacker"].update(asked=[]), None),
+    "a stronger attacker": (lambda c: c["attacker"].update(taught=800), None),
+    "another date": (lambda c: c.update(date="1999-01-01T00:00:00Z"), ALWAYS),
+    "a date that is none": (lambda c: c.update(date="tomorrow"), None),
     "an error before changed": (_into("before", "measures", "loss", stderr=9.0), WITHOUT_ORIGINAL),
     "an attack before changed": (_into("before", "attacks", "few_shot", value=1.0), WITHOUT_ORIGINAL),
     "the KL before changed": (_into("before", "measures", "kl", value=0.5), None),
@@ -138,10 +162,10 @@ CONTENT: dict[str, tuple[Alter, str | None]] = {
     "an attack left out": (_without(BOTH, "attacks", "few_shot"), None),
     "a measure left out": (_without(BOTH, "measures", "kl_worst_window"), None),
     "a measure added": (lambda c: c["after"]["measures"].update(iq={"value": 1.0, "stderr": 0.0, "count": 1}), None),
-    "a key added": (lambda c: c.update(verdict="all is well"), None),
+    "a key added": (lambda c: c.update(note="all is well"), None),
     "a key left out": (lambda c: c.pop("set_aside"), None),
     "a key of an outcome added": (_into("after", "measures", "loss", note="fine"), None),
-    "another format": (lambda c: c.update(format="cir-certificate-1"), None),
+    "another format": (lambda c: c.update(format="cir-certificate-2"), None),
     "relearning said to be tried": (lambda c: c["settings"].update(relearning=True), None),
     "more text": (lambda c: c["settings"].update(text_tokens=5000), None),
     "no continuations": (lambda c: c["settings"].update(generate=0), None),
@@ -175,6 +199,7 @@ def _other_rows(folder: Path) -> None:
 
 FILES: dict[str, Callable[[Path], object]] = {
     "the page": lambda folder: (folder / PAGE).write_text((folder / PAGE).read_text().replace("0.", "1.")),
+    "the signature gone": lambda folder: (folder / SIGNATURE).unlink(),
     "the page gone": lambda folder: (folder / PAGE).unlink(),
     "a file added": lambda folder: (folder / "modeling.py").write_text("import os"),
     "the configuration": _appended("config.json"),
@@ -214,11 +239,14 @@ def named(outcome: Verification | ValueError, by: str | None) -> bool:
 
 
 def _forged(of: Certified, folder: Path, alter: Alter, reference: Reference | None = None) -> None:
-    """``folder`` as somebody leaves it who alters the certificate, and makes the page and the hashes fit."""
+    """``folder`` as somebody leaves it who alters the certificate, and makes the verdict, page and hashes fit."""
     content = json.loads((folder / NAME).read_text())
+    verdict = copy.deepcopy(content["verdict"])
     alter(content)
     own = Certificate.read(folder).reference
     try:
+        if content["verdict"] == verdict:
+            content["verdict"] = judge(content).stated()
         Certificate(content, reference or own).write(folder)
     except (ValueError, KeyError, TypeError, AttributeError):  # what the library would not write
         (folder / NAME).write_text(json.dumps(content, indent=2) + "\n")
@@ -256,8 +284,7 @@ def sweep(share: float = 1.0) -> tuple[int, list[str]]:
                 unnoticed.append(name)
             if by != ALWAYS and not found(checked(of, folder, original=True)):
                 unnoticed.append(f"{name}, by one who has the model from before")
-            signed = (folder / SIGNATURE).read_bytes() == (of.folder / SIGNATURE).read_bytes()
-            if signed and not found(checked(of, folder, original=False, public=of.public)):
+            if (folder / SIGNATURE).is_file() and not found(checked(of, folder, original=False, public=of.public)):
                 unnoticed.append(f"{name}, by one who has the key")
             shutil.rmtree(folder)
     return len(chosen), unnoticed

@@ -17,7 +17,7 @@ from cir.data.facts import load_facts, probed
 from cir.editing.edits import Edit, State
 from cir.editing.journal import JournalError
 from cir.forgetting.update import NonFiniteError
-from examples import service
+from examples import gate, service
 
 TOKEN = "secret"
 INTERNAL = "/srv/journal.cir"
@@ -29,9 +29,11 @@ FAILURES: dict[str, tuple[Exception, int]] = {
     "memory": (MemoryError(INTERNAL), 500),
     "bug": (KeyError(INTERNAL), 500),
     "bounds": (cir.EditError("neighbours suffer"), 409),
-    "never known": (ValueError("expected a fact that the model knows"), 422),
+    "never known": (cir.UnknownFactError("expected a fact that the model knows"), 422),
+    "forgotten": (cir.AlreadyForgottenError("already forgotten by edit 1"), 409),
 }
 """What an editor raises on a fact of this id, and what is answered."""
+FORGET = "/forget?wait=1"
 ANYWHERE = {400, 401, 404, 405, 408, 413, 415}
 """What may be answered before a route is found, so that no route documents it."""
 PAGES = {"/docs", "/redoc", "/openapi.json"}
@@ -186,6 +188,13 @@ GOOD_FACTS = {
     "a pair of surrogates": _fact().replace(b"land#", rb"land# \ud83d\ude00"),
     "the longest": _fact(sentences=[f"{i} #" + "a" * 1990 for i in range(32)]),
 }
+PROMPTS = {
+    b'{"prompt": "land"}': 200,
+    rb'{"prompt": "\u0000", "max_tokens": 256}': 200,
+    **dict.fromkeys((b"{}", b'{"prompt": ""}', rb'{"prompt": "\ud800"}', _fact()), 422),
+    **dict.fromkeys((b'{"prompt": "a", "max_tokens": %s}' % n for n in (b"0", b"257", b"1.5", b"1e999")), 422),
+    json.dumps({"prompt": "a" * 2001}).encode(): 422,
+}
 NUMBERS: list[tuple[set[int], tuple[str, ...]]] = [
     ({200, 404, 409}, ("1", "2", "3")),
     ({404}, ("1000000000", "999999")),
@@ -201,18 +210,25 @@ def _asks() -> Iterator[Request]:
         yield Request("another method", wrong, "HEAD", path)
         yield Request("another method", {405}, "DELETE", path)
     for method in ("GET", "PUT", "PATCH", "OPTIONS", "TRACE", "BREW"):
-        yield Request("another method", {405}, method, "/forget", body=_fact())
+        yield Request("another method", {405}, method, FORGET, body=_fact())
     for path in ("/", "/nowhere", "/health/", "/forget/", "/edits/1/commit", "/edits//undo", "/\0", "//x/y"):
         yield Request("another path", {404}, "POST", path)
         yield Request("another path", {404}, "GET", path + "\ufffd" * 3000)
     for expected, bodies in (({201}, GOOD_FACTS), ({400}, NOT_JSON), ({422}, NOT_FACTS)):
         for kind, body in bodies.items():
-            yield Request(kind, expected, "POST", "/forget", body=body)
-    yield Request("NUL in a sentence", {201, 422}, "POST", "/forget", body=_fact(sentences=["a# b\0 \x1b[31m c"]))
-    yield Request("5000 digits as id", {400, 422}, "POST", "/forget", body=_raw("9" * 5000))
-    yield Request("the same fact", {201, 409}, "POST", "/forget", body=_fact(sentences=["the same again"]))
+            yield Request(kind, expected, "POST", FORGET, body=body)
+    yield Request("NUL in a sentence", {201, 422}, "POST", FORGET, body=_fact(sentences=["a# b\0 \x1b[31m c"]))
+    yield Request("5000 digits as id", {400, 422}, "POST", FORGET, body=_raw("9" * 5000))
+    for wait, status in (("", 202), ("?wait=0", 202), ("?wait=x", 422), ("?wait=" + "9" * 5000, 422)):
+        yield Request("to wait", {status}, "POST", f"/forget{wait}", body=_fact())
+    yield Request("a job that fails", {202}, "POST", "/forget", body=_fact(id="disk"))
+    for job, status in (("0" * 16, 404), ("F" * 16, 422), ("0" * 16 + "\n", 422), ("9" * 5000, 422), ("²" * 16, 422)):
+        yield Request("a job", {status}, "GET", f"/jobs/{job}")
+    for body, status in PROMPTS.items():
+        yield Request("a prompt", {status}, "POST", "/ask", body=body)
+    yield Request("the same fact", {201, 409}, "POST", FORGET, body=_fact(sentences=["the same again"]))
     for name, (_, status) in FAILURES.items():
-        yield Request(f"a failure: {name}", {status}, "POST", "/forget", body=_fact(id=name))
+        yield Request(f"a failure: {name}", {status}, "POST", FORGET, body=_fact(id=name))
     for statuses, numbers in NUMBERS:
         for number in numbers:
             yield Request("a number", statuses, "POST", f"/edits/{number}/undo")
@@ -285,8 +301,9 @@ async def ask(app: FastAPI, request: Request) -> Answer:
         else:
             answer.body += message.get("body", b"")
 
-    scope = {"type": "http", "http_version": "1.1", "scheme": "http", "query_string": b"", "root_path": ""}
-    scope |= {"method": request.method, "path": request.path, "headers": _headers(request)}
+    path, _, query = request.path.partition("?")
+    scope = {"type": "http", "http_version": "1.1", "scheme": "http", "query_string": query.encode(), "root_path": ""}
+    scope |= {"method": request.method, "path": path, "headers": _headers(request)}
     try:
         await asyncio.wait_for(app(scope, receive, send), 0.3 if request.ending == "half" else 10)
     except Exception as error:  # raised again for the server's log, after the answer
@@ -325,8 +342,8 @@ def faults_of(request: Request, answer: Answer, documented: set[int]) -> Iterato
         yield f"expected at most {longest} bytes, got {len(answer.body)}"
     if request.unread and answer.read:
         yield f"expected the body to be left, got {answer.read} bytes read"
-    if answer.read > service.BODY_BYTES + 65536:
-        yield f"expected at most {service.BODY_BYTES} bytes to be read, got {answer.read}"
+    if answer.read > gate.BODY_BYTES + 65536:
+        yield f"expected at most {gate.BODY_BYTES} bytes to be read, got {answer.read}"
     if INTERNAL.encode() in answer.body:
         yield "expected nothing internal, got a path"
     if refused or answer.type.startswith("application/json"):
@@ -352,14 +369,14 @@ def _wrong_json(answer: Answer, refused: bool) -> Iterator[str]:
 def documented(schema: dict[str, Any], request: Request) -> set[int]:
     """The statuses that the documentation of the service has for ``request``."""
     for template, operations in schema["paths"].items():
-        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), request.path):
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), request.path.partition("?")[0]):
             operation = operations.get(request.method.lower())
             return {int(status) for status in operation["responses"]} if operation else ANYWHERE
     return ANYWHERE | {200} if request.path in PAGES else ANYWHERE
 
 
 def create(editor: Any) -> FastAPI:
-    return service.create_app(editor, token=TOKEN, body_seconds=WAIT)
+    return service.create_app(editor, token=TOKEN, say=lambda prompt, count: prompt * count, body_seconds=WAIT)
 
 
 def sweep(count: int, seed: int = 0, create: Callable[[Any], FastAPI] = create, editor: Any = None) -> list[str]:

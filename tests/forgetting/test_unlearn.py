@@ -6,8 +6,11 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from cir.forgetting.update import NonFiniteError
 from cir.model.sites import find_stack
 from tests.forgetting.test_breaking import CONFIG as PAPER
 from tests.model.test_sites import build
-from tests.tiny import TEXT, deepened, facts, knowing_llama, tiny_llama
+from tests.tiny import TEXT, deepened, facts, knowing_llama, tiny_llama, word_tokenizer
 
 FACTS = load_facts(facts(12))
 GO, STAY = FACTS[:4], FACTS[6:]
@@ -62,6 +65,49 @@ def test_forgets_the_facts_keeps_the_contrast_and_reports_what_is_so(model, toke
     assert plain["epochs"][-1]["forget_loss"] < 0
     assert {"fit", "epochs", "measure", "total"} <= plain["seconds"].keys()
     assert plain["predicted_memory"] > 0
+
+
+@pytest.fixture(scope="module")
+def report():
+    few = replace(CONFIG, check_every=1, max_steps=2)
+    return run(knowing_llama(), word_tokenizer(), config=few)
+
+
+def test_a_report_is_plain_data(report):
+    assert report.to_dict() == json.loads(report.to_json())
+    assert report.to_dict()["layers"] == list(report.layers)
+    assert replace(report, peak_memory=float("nan")).to_dict()["peak_memory"] is None
+
+
+def test_a_report_is_a_table_of_its_epochs(report, monkeypatch):
+    class DataFrame(NamedTuple):
+        rows: list
+        columns: list
+
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=DataFrame))
+    rows, columns = report.to_frame()
+    assert [dict(zip(columns, row, strict=True)) for row in rows] == [
+        {
+            "epoch": epoch.number,
+            "recall": epoch.measure.mean_recall,
+            **{name: getattr(epoch, name) for name in ("rate", "forget_loss", "retain_loss", "kept")},
+            **{name: getattr(epoch.measure, name) for name in ("loss", "rise", "rise_stderr", "worst")},
+        }
+        for epoch in report.epochs
+    ]
+    assert replace(report, epochs=[]).to_frame().columns == columns
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="to_frame: expected the package pandas, which is not installed"):
+        report.to_frame()
+
+
+def test_a_report_is_drawn(report, tmp_path):
+    report.plot(tmp_path / "recall.png")
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+    unprobed = replace(report, before=replace(report.before, recall={}))
+    with pytest.raises(ValueError, match="plot: expected facts with probes"):
+        unprobed.plot(tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

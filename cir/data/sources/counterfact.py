@@ -28,9 +28,11 @@ COUNTERFACT = Source(
     "azhx/counterfact",
     {"facts": ((None, "train"),)},
     "facts of one word or name, with other subjects of the same answer",
-    "requested_rewrite {prompt with {}, subject, target_true {str}}, paraphrase_prompts, neighborhood_prompts",
+    "requested_rewrite {prompt with {}, subject, target_true {str}}, paraphrase_prompts, neighborhood_prompts; of "
+    "the benchmark also target_new {str}",
     "Meng et al. 2022, arXiv 2202.05262",
     _counterfact,
     _same,
     _counterfact_neighbour,
+    benchmark={"facts": ((None, "train"),)},
 )

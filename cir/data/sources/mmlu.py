@@ -12,4 +12,5 @@ MMLU = Source(
     "Hendrycks et al. 2021, arXiv 2009.03300",
     multiple_choice,
     same_choice,
+    benchmark={"facts": (("all", "test"),)},
 )

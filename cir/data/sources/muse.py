@@ -15,10 +15,19 @@ def _muse(corpus: str, holds: str) -> Source:
             "disruption": (("raw", "retain2"),),
         },
         holds,
-        "question, answer; of retain and disruption, text",
+        "question, answer; of retain and disruption, text; of the benchmark also prompt and gt, and text",
         "Shi et al. 2024, arXiv 2407.06460",
         question_answer,
         same_answer,
+        benchmark={
+            "verbmem": (("verbmem", "forget"),),
+            "forget_qa": (("knowmem", "forget_qa"),),
+            "forget_qa_icl": (("knowmem", "forget_qa_icl"),),
+            "retain_qa": (("knowmem", "retain_qa"),),
+            "retain_qa_icl": (("knowmem", "retain_qa_icl"),),
+            "forget": (("privleak", "forget"),),
+            "holdout": (("privleak", "holdout"),),
+        },
     )
 
 

@@ -40,4 +40,8 @@ RWKU = Source(
     "Jin et al. 2024, arXiv 2406.10890",
     _rwku,
     _same,
+    benchmark={
+        part: ((part, "test"),)
+        for part in ("forget_level1", "forget_level2", "forget_level3", "neighbor_level1", "neighbor_level2")
+    },
 )

@@ -6,7 +6,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cir.data.facts import Fact, Probe
@@ -31,6 +31,8 @@ class Source:
         fact: a row as a fact; None for a set of text. same: what the rows of one fact have in common, as
             :func:`alike` gives it. neighbour: a row of the facts as its neighbours.
         streamed: too large to be downloaded; only what is used is read.
+        benchmark: configurations and splits, as in ``parts``, of what :func:`cir.proof.benchmarks.benchmark` measures
+            on; of a name that ends in ``_icl``, examples for its prompts.
     """
 
     hub: str
@@ -42,6 +44,7 @@ class Source:
     same: Callable[[Row], tuple[str, ...]] | None = None
     neighbour: Callable[[Row], Fact] | None = None
     streamed: bool = False
+    benchmark: Mapping[str, tuple[tuple[str | None, str], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

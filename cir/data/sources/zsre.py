@@ -30,4 +30,5 @@ ZSRE = Source(
     _zsre,
     _same,
     _zsre_neighbour,
+    benchmark={"facts": ((None, "train"),)},
 )
