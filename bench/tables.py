@@ -22,7 +22,6 @@ RESULTS = ROOT / "bench" / "results"
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 TEN, TWENTY_NINE, ALL = "1e952f445a45", "ca2aa8f2471f", "6574aa983c6e"
 """Hashes of what is forgotten: V; V and 19 of T; V and T."""
-UNTOUCHED = {"method": "untouched", "facts": TEN, "attacks": ["lora", "adam, fast"]}
 OURS: list[tuple[str, dict[str, Any]]] = [
     ("**V**", {"facts": TEN, "commit": "5eb085c"}),
     ("V, all directions, doses of one nat", {"facts": TEN, "commit": "56e6d4e", "seed": 0}),
@@ -66,7 +65,9 @@ def found(name: str, **wanted: Any) -> dict[str, Any]:
 def ours() -> list[list[str]]:
     head = ["", "commit", "text (worst window, nats)", "KL (nats)", "V", "fast attack", "LoRA", "4 bits, few-shot"]
     head += ["contrast", "other 19 capitals", "unseen, same countries"]
-    pairs = [("untouched", found("quality", **UNTOUCHED))]
+    # The attack on a model that nothing was done to is the same whatever is to be forgotten.
+    attacked = found("quality", method="untouched", facts=ALL)["attacked"]
+    pairs = [("untouched", {**found("quality", method="untouched", facts=TEN), "attacked": attacked})]
     pairs += [(label, found("quality", method="cir", **wanted)) for label, wanted in OURS]
     return [head, *(_quality(label, row) for label, row in pairs)]
 

@@ -83,7 +83,7 @@ def test_the_metadata_is_so(wheel):
     assert about["Requires-Python"] == ">=3.10"
     needed = {re.split(r"[^\w-]", row)[0] for row in about.get_all("Requires-Dist") if "extra ==" not in row}
     assert needed == {"torch", "transformers", "safetensors", "tqdm", "pyyaml", "triton"}
-    extras = {"demo", "bench", "data", "eval", "sign", "docs", "package", "dev"}
+    extras = {"demo", "bench", "data", "eval", "sign", "completion", "docs", "package", "dev"}
     assert set(about.get_all("Provides-Extra")) == extras
     scripts = wheel.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert scripts.split() == ["[console_scripts]", "cir", "=", "cir.cli:main"]

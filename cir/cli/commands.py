@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from cir.cli.inputs import Inputs, paths, plain_text
@@ -175,6 +176,16 @@ def _read(path: str | None) -> str | None:
     return None if path is None else plain_text(Path(path), "text")
 
 
+def _completion(arguments: argparse.Namespace) -> Outcome:
+    from cir.cli.parser import parser
+
+    if find_spec("shtab") is None:
+        raise ValueError("expected the package shtab, which is not installed: pip install 'cir[completion]'")
+    script = import_module("shtab").complete(parser(), arguments.shell)
+    print(script)
+    return DONE, None
+
+
 def _of(module: str, name: str) -> Callable[[argparse.Namespace], Outcome]:
     """A command of another file, imported when it runs: it takes torch, which takes seconds."""
 
@@ -196,6 +207,7 @@ COMMANDS = {
     "attack": _attack,
     "profile": _profile,
     "plan": _plan,
+    "completion": _completion,
     "doctor": _of("doctor", "run"),
     "fit": _of("edits", "fit"),
     "journal": _of("journals", "run"),

@@ -190,6 +190,8 @@ def apply(arguments: argparse.Namespace) -> Outcome:
         edit.apply_(model, sign=arguments.sign)
     after, out = _checkpoint(out, model, tokenizer, targets, applied, arguments.overwrite)
     say(f"weights    {before[:12]} -> {after[:12]}, read back equal")
+    if arguments.sign < 0:
+        say("rounding   as before up to rounding; the same bits are in the original checkpoint alone")
     say(f"written    {out}")
     return DONE, {"before": before, "after": after, "edits": [edit.id for edit in made], "out": str(out)}
 

@@ -38,7 +38,8 @@ JSON_TO: dict[str, Any] = {
     "default": "-",
     "help": "where to write (default: standard output)",
 }
-WITHOUT_JSON = ("demo",)
+WITHOUT_JSON = ("demo", "completion")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 EPILOG = """Start with `cir demo`: it needs no GPU and takes minutes.
 
 exit status:
@@ -72,6 +73,12 @@ def parser() -> Parser:
         description="Versions, devices, and each kernel beside its PyTorch form. Exits with 1 if one differs.",
     )
     add_editing(commands)
+    completion = commands.add_parser(
+        "completion",
+        help="print what makes a shell complete these commands",
+        description="For bash: eval \"$(cir completion bash)\"; needs shtab (pip install 'cir[completion]').",
+    )
+    completion.add_argument("shell", choices=SHELLS)
     found.commands = commands.choices
     for name, command in found.commands.items():
         _add_common(name, command)

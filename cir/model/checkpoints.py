@@ -115,6 +115,11 @@ def weights_of(source: str | Path, dtype: str = "auto") -> tuple[int, torch.dtyp
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False
             )
+    except OSError as error:
+        raise OSError(
+            f"expected a hub id, a folder or a GGUF file, got {source}: no such folder is here, and from the hub "
+            f"nothing could be had: {_first_line(error)}"
+        ) from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{source}: expected a causal language model that transformers has the code of, got {_first_line(error)}"
@@ -139,6 +144,8 @@ def _place(source: str | Path) -> tuple[str, dict[str, Any]]:
                 "merge_and_unload() gives"
             )
         raise ValueError(f"{path}: expected a folder with config.json, got none")
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or str(source).startswith(".")):
+        raise FileNotFoundError(f"expected a hub id, a folder or a GGUF file, got {path}, which does not exist")
     return str(source), where
 
 

@@ -38,6 +38,7 @@ def test_apply_and_revert(files, tmp_path, capsys):
 
     assert run(files, "revert", "--model", str(tmp_path / "edited"), *change, str(tmp_path / "reverted")) == 0
     original = AutoModelForCausalLM.from_pretrained(files / "model")
+    assert "as before up to rounding" in capsys.readouterr().out
     reverted = AutoModelForCausalLM.from_pretrained(tmp_path / "reverted")
     for p, q in zip(original.parameters(), reverted.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=0)

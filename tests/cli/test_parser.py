@@ -85,7 +85,7 @@ def test_words_that_are_no_options_are_taken_as_they_are():
 def test_every_command_has_what_all_have(capsys, command):
     known = set(parser().commands[command]._option_string_actions)
     assert {"--quiet", "--verbose", "--debug", "--help"} <= known
-    assert ("--json" in known) == (command != "demo")
+    assert ("--json" in known) == (command not in ("demo", "completion"))
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
     assert stopped.value.code == 0
@@ -104,3 +104,17 @@ def test_the_package_can_be_run():
     wrong = subprocess.run([sys.executable, "-m", "cir", "evil"], check=False, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "cir: expected a command, got 'evil'; did you mean eval? (`cir --help`)\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_what_completes_commands_knows_all_of_them(capsys, shell):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in COMMANDS)
+    assert "--subspaces" in script
+
+
+def test_completion_without_its_package_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(cli.commands, "find_spec", lambda name: None)
+    assert cli.main(["completion", "bash"]) == 1
+    assert "pip install 'cir[completion]'" in capsys.readouterr().err

@@ -111,6 +111,17 @@ def test_files_that_are_no_model_are_named(folder):
         load_model(folder / "model.GGUF")
     with pytest.raises(ValueError, match="expected a hub id, a folder or a GGUF file, got the file"):
         load_model(folder / "config.json")
+    with pytest.raises(FileNotFoundError, match=r"expected a hub id, .*, got .*gone, which does not exist"):
+        load_model(folder / "gone")
+
+
+def test_a_name_that_neither_a_folder_nor_the_hub_has_is_told(monkeypatch):
+    def nothing(name, **_):
+        raise OSError("no such model\nand many lines of advice")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", nothing)
+    with pytest.raises(OSError, match=r"got some/one: no such folder is here, .* could be had: no such model$"):
+        load_model("some/one")
 
 
 def test_weights_saved_under_other_names_are_read_back(tmp_path):
