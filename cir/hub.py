@@ -15,7 +15,7 @@ from cir.proof.certificate import NAME as CERTIFICATE
 from cir.system.files import strict_json
 from cir.system.writing import MARK, WRITTEN
 
-REPORT, ADAPTER, CARD = "report.json", "adapter_config.json", "README.md"
+REPORT, OPTIONS, ADAPTER, CARD = "report.json", "config.yaml", "adapter_config.json", "README.md"
 ADAPTER_FILES = (ADAPTER, "adapter_model.safetensors")
 
 
@@ -30,8 +30,8 @@ def push_to_hub(
 ) -> str:
     """Upload a checkpoint of ``cir unlearn``, or an adapter of :meth:`cir.Edit.export_lora`, in one commit.
 
-    The facts stay here: report.json and certificates, which name them, are not uploaded, and the card, README.md, has
-    their number and their hash.
+    The facts stay here: report.json and certificates, which name them, and config.yaml, which names where they are,
+    are not uploaded; the card, README.md, has their number and their hash.
 
     Args:
         folder: what was written, with nothing in it changed. repo_id: ``user/name``; made where there is none.
@@ -65,9 +65,9 @@ def push_to_hub(
 
 
 def _stays(name: str) -> bool:
-    """Whether a file is not to be uploaded: it names facts, or is of this machine alone."""
+    """Whether a file is not to be uploaded: it names facts or files, or is of this machine alone."""
     stem = CERTIFICATE.partition(".")[0]
-    return name in (MARK, CARD, REPORT) or name.startswith(stem)
+    return name in (MARK, CARD, REPORT, OPTIONS) or name.startswith(stem)
 
 
 def _of_run(folder: Path, edit: Edit | None, base_model: str | None) -> Any:

@@ -77,7 +77,10 @@ def names_of(facts_of):
 def test_a_checkpoint_goes_up_with_a_card_and_without_its_facts(folder, hub):
     assert cir.push_to_hub(folder, "forgot", base_model="some/llama", token="t") == "https://hub/me/forgot/commit/1"
     assert (hub.repositories, hub.tokens) == ([("forgot", True, True)], ["t"])
-    own = {path.name for path in folder.iterdir()} - {".cir", "report.json"}
+    own = {path.name for path in folder.iterdir()}
+    local = {".cir", "report.json", "config.yaml"}  # which names the files of facts and texts
+    assert own > local
+    own -= local
     assert hub.files.keys() == own | {"README.md"}
     assert all(hub.files[name] == (folder / name).read_bytes() for name in own)
     card = huggingface_hub.ModelCard(hub.files["README.md"].decode())

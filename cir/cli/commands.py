@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cir.cli.inputs import Inputs, paths, plain_text
 from cir.cli.output import DONE, FAILED, INTERRUPTED, Outcome, complain, logged, say, write_json
-from cir.cli.parser import read
+from cir.cli.parser import parser, read
 from cir.system.signals import raised
 from cir.system.writing import check_file, check_output, write_file, write_folder
 
@@ -177,12 +177,9 @@ def _read(path: str | None) -> str | None:
 
 
 def _completion(arguments: argparse.Namespace) -> Outcome:
-    from cir.cli.parser import parser
-
     if find_spec("shtab") is None:
         raise ValueError("expected the package shtab, which is not installed: pip install 'cir[completion]'")
-    script = import_module("shtab").complete(parser(), arguments.shell)
-    print(script)
+    print(import_module("shtab").complete(parser(), arguments.shell))
     return DONE, None
 
 

@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
         if certificate is not None:
             certificate.write(folder, key)
 
+    if certificate is not None:
+        say(f"verdict    {certificate.content['verdict']['heading']}")
     with Held():
         out = write_folder(out, fill, arguments.overwrite)
         _tell(report, out)

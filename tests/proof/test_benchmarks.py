@@ -1,20 +1,16 @@
 from __future__ import annotations
 
-import json
 import math
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from cir.data.datasets import BENCHMARKS, SOURCES, benchmark_rows
+from cir.data.datasets import BENCHMARKS, benchmark_rows
 from cir.measures import Estimate, NonFiniteError
 from cir.proof.benchmarks import _KINDS, BenchmarkResult, benchmark, muse, rwku, tofu
-from cir.proof.metrics import auc, harmonic_mean, ks_pvalue, rouge_l, written
-from tests.tiny import taught, tiny_llama, word_tokenizer
+from tests.proof.bigrams import Bigrams, saved, words
+from tests.tiny import taught, tiny_llama
 
 DATA = Path(__file__).parents[1] / "data" / "files"
 SAMPLES = {
@@ -30,48 +26,6 @@ SAMPLES = {
     "wmdp-cyber": DATA / "wmdp.jsonl",
     "zsre": DATA / "zsre.json",
 }
-WORDS = "<s> Question Answer : . ? " + " ".join(f"w{i}" for i in range(200))
-
-
-class Bigrams:
-    """A model that says each next word by the last alone, with the probabilities given; all others share the rest."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, tokenizer, told: dict[str, dict[str, float]]):
-        self.prompts: list[str] = []
-        self._tokenizer = tokenizer
-        size = len(tokenizer)
-        table = torch.full((size, size), 1 / size, dtype=torch.float64)
-        for word, nexts in {**told, ".": {".": 0.9}}.items():
-            row = table[tokenizer.convert_tokens_to_ids(word)]
-            row[:] = (1 - sum(nexts.values())) / (size - len(nexts))
-            for following, probability in nexts.items():
-                row[tokenizer.convert_tokens_to_ids(following)] = probability
-        self._logits = table.log().float()
-
-    def __call__(self, input_ids, attention_mask=None, use_cache=False, logits_to_keep=None):
-        logits = self._logits[input_ids]
-        return SimpleNamespace(logits=logits if logits_to_keep is None else logits[:, logits_to_keep])
-
-    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, num_beams, pad_token_id):
-        assert (do_sample, num_beams) == (False, 1)
-        self.prompts += [
-            self._tokenizer.decode(ids[kept]) for ids, kept in zip(input_ids, attention_mask.bool(), strict=True)
-        ]
-        for _ in range(max_new_tokens):
-            input_ids = torch.cat([input_ids, self._logits[input_ids[:, -1:]].argmax(-1)], 1)
-        return input_ids
-
-
-def words(*texts) -> object:
-    return word_tokenizer([WORDS, *texts])
-
-
-def saved(path: Path, rows) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def values(result: BenchmarkResult) -> dict[str, float]:
@@ -375,51 +329,6 @@ def test_forgetting_shows_in_the_scores(tmp_path):
     assert (before["rewrite_accuracy"], after["rewrite_accuracy"], after["neighborhood_accuracy"]) == (1, 0, 1)
 
 
-def test_greedy_answers_are_those_of_each_prompt_alone():
-    tokenizer = word_tokenizer()
-    model = tiny_llama().double()
-    prompts = [f"word{i} " * (1 + 3 * i) for i in range(10)]
-    together = written(model, tokenizer, prompts, 5)
-    assert together == [written(model, tokenizer, [prompt], 5)[0] for prompt in prompts]
-    assert len(set(together)) > 3
-
-
-def test_rouge_by_hand():
-    assert rouge_l("The cat sat.", "the CAT-sat on a mat") == (3 / 6, 2 * 3 / (3 + 6))
-    assert rouge_l("c b a", "a b c") == (1 / 3, 1 / 3)
-    assert rouge_l("a x b y c", "a b c d") == (3 / 4, 2 * 3 / 9)
-    assert rouge_l("", "a") == rouge_l("b", "a") == rouge_l("?", "?") == (0, 0)
-
-
-def test_kolmogorov_smirnov_by_hand():
-    assert ks_pvalue([1, 2], [3, 4]) == pytest.approx(2 / 6)
-    assert ks_pvalue([1, 2, 3], [4, 5]) == pytest.approx(2 / 10)
-    assert ks_pvalue([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)
-    assert ks_pvalue([1, 2, 4], [3, 5, 6]) == pytest.approx(12 / 20)  # 2 apart in 3: 6 ways on each side
-    assert ks_pvalue([1, 3], [2, 4]) == ks_pvalue([1, 2], [2, 1]) == 1
-    apart = ks_pvalue(range(300), range(300, 600))
-    assert apart == pytest.approx(2 / math.comb(600, 300), rel=1e-9)  # no digits are lost far below 1
-    with pytest.raises(ValueError, match="expected values of both samples, got 2 and 0"):
-        ks_pvalue([1, 2], [])
-
-
-def test_kolmogorov_smirnov_is_that_of_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    generator = torch.Generator().manual_seed(0)
-    for n, m, shift in ((5, 9, 0.5), (40, 40, 0.3), (40, 17, 1.0), (30, 30, 3.0)):
-        first = torch.randn(n, generator=generator).mul(4).round().tolist()  # with ties
-        second = torch.randn(m, generator=generator).add(shift).mul(4).round().tolist()
-        expected = stats.ks_2samp(first, second, method="exact").pvalue
-        assert ks_pvalue(first, second) == pytest.approx(expected, rel=1e-6)
-
-
-def test_auc_and_harmonic_mean_by_hand():
-    assert auc([3, 1], [2, 1]) == (1 + 1 + 0 + 0.5) / 4
-    assert auc([1], [2]) == 0
-    assert harmonic_mean([1, 0.5]) == pytest.approx(2 / 3)
-    assert harmonic_mean([1, 0]) == 0
-
-
 def refused(name, path, match, error=ValueError, model=None, **settings):
     with pytest.raises(error, match=match):
         benchmark(name, model, None, path, **settings)
@@ -473,43 +382,6 @@ def test_a_model_of_no_numbers_is_refused(tofu_copy):
         benchmark("tofu-forget01", broken, tokenizer, path, prompt="{}")
     with pytest.raises(NonFiniteError):
         benchmark("tofu-forget01", model, tokenizer, path, prompt="{}", reference=broken)
-
-
-def test_a_folder_as_the_hub_has_it_may_be_in_pieces_and_limited(tmp_path):
-    rows = [json.loads(line) for line in (DATA / "wmdp.jsonl").read_text().splitlines()]
-    for i, row in enumerate(rows):
-        saved(tmp_path / "wmdp-bio" / f"test-0000{i}-of-00003.jsonl", [row])
-    saved(tmp_path / "wmdp-bio-robust.jsonl", rows)
-    (read,) = benchmark_rows("wmdp-bio", tmp_path).values()
-    assert [row.values for row in read] == rows
-    (read,) = benchmark_rows("wmdp-bio", tmp_path, limit=2).values()
-    assert [row.values for row in read] == [rows[0], rows[1]]
-    parts = benchmark_rows("muse-news", SAMPLES["muse-news"], limit=2)
-    assert len(parts["forget_qa_icl"]) == 1  # examples are not measured on
-
-
-def test_the_hub_is_asked_for_every_part(monkeypatch):
-    calls = []
-
-    def load_dataset(path, name=None, *, split=None, streaming=False, data_files=None):
-        calls.append((path, name, split))
-        return [{"text": "a b"}] * 2
-
-    stub = SimpleNamespace(load_dataset=load_dataset, config=SimpleNamespace(HF_DATASETS_CACHE="/cache"))
-    monkeypatch.setitem(sys.modules, "datasets", stub)
-    for name in BENCHMARKS:
-        calls.clear()
-        parts = benchmark_rows(name)
-        assert tuple(parts) == tuple(SOURCES[name].benchmark)
-        source = SOURCES[name]
-        places = [place for part in source.benchmark.values() for place in part]
-        if source.hub.startswith("https"):
-            assert calls == [("json", None, "train")]
-        else:
-            assert calls == [(source.hub, *place) for place in places]
-    assert ("muse-bench/MUSE-News", "privleak", "holdout") in [
-        (SOURCES["muse-news"].hub, *place) for place in SOURCES["muse-news"].benchmark["holdout"]
-    ]
 
 
 def test_every_benchmark_is_sampled_and_described():

@@ -168,6 +168,7 @@ def test_the_command_line_certifies_and_verifies(tmp_path, capsys, monkeypatch):
     assert not out.exists()
     assert run(*unlearn, "--neighbours", "IN/stay.jsonl", "--same-subject", "IN/same.jsonl") == 0
     content = json.loads((out / "certificate.json").read_text())
+    assert f"verdict    {content['verdict']['heading']}" in capsys.readouterr().out
     assert content["after"]["measures"]["same_subject_recall"]["count"] == 2
     assert "Same subjects&#x27; other facts (should stay)" in (out / "certificate.html").read_text()
     assert run("verify", str(out)) == 1
