@@ -1,11 +1,11 @@
-"""One epoch of the paper's way on SmolLM2-135M, ours against the eager form, side by side in one process.
+"""A step of the default method on SmolLM2-135M, ours against the plain form, side by side in one process.
 
     python -m bench.cpu [--facts F.jsonl ...] [--repeats 5] [--out bench/results]
 
-An epoch is every forget step and the basis solve, with neither budget check nor retain step. ``eager`` runs the
-full forward; ``trimmed``, as the authors' code does, no layer above the loss layers. The forms take turns, A B C A B
-C ..., on the same batches, layers, ranks and rate, each from the original weights. Peak memory is measured in a
-process for each form, beyond the loaded model, over fitting bases and one epoch.
+Both take the first step of forgetting the same facts, from the original weights, with the same subspaces and the same
+outcome to rounding: ours, and :class:`bench.eager.EagerForgetter`. The forms take turns, A B A B ..., and neither the
+fit nor a budget check is part of it. Peak memory is measured in a process for each form, beyond the loaded model and
+the subspaces.
 """
 
 from __future__ import annotations
@@ -21,72 +21,73 @@ from typing import Any
 
 import torch
 
-from bench.eager import EagerCIR
+from bench.eager import EagerForgetter
 from bench.records import ROOT, mark_memory, process_memory, write_rows
-from cir import load_facts
-from cir.config import BreakingConfig
-from cir.data.shipped import DATA
-from cir.forgetting.batches import fact_batches
-from cir.forgetting.breaking import Breaker
-from cir.forgetting.update import restore, snapshot
-from cir.model.capture import capture
+from cir import CIRConfig, Subspaces, load_facts
+from cir.data.shipped import DATA, builtin_contrast, builtin_text
+from cir.forgetting.forgetter import RELEARNING_RATE, Forgetter
+from cir.forgetting.questions import sentences
+from cir.forgetting.update import restore, sizes, snapshot
+from cir.model.capture import answering
 from cir.model.checkpoints import demo_model, load_model
-from cir.model.sites import Target, find_stack
+from cir.model.sites import find_stack
 
-FORMS = ("eager", "trimmed", "ours")
+FORMS = ("eager", "ours")
 BUILT_IN = [str(DATA / f"demo_{name}.jsonl") for name in ("forget", "related")]
-Epoch = Callable[[], object]
+Step = Callable[[], object]
 
 
 class Workload:
-    """The model, the batches, and an epoch of each form, ready to run from the original weights."""
+    """The model, the facts and what is collapsed, and a step of each form from the original weights."""
 
     def __init__(self, fact_files: list[str]) -> None:
-        # The forget step alone.
-        self.config = BreakingConfig(mode="orthogonal", rank_activation=12, rank_gradient=12, retain_rate=0.0)
-        self.model, tokenizer = load_model(demo_model(), device="cpu")
+        self.model, self.tokenizer = load_model(demo_model(), device="cpu")
         self.stack = find_stack(self.model)
-        self.layers = self.config.layers(len(self.stack.mlps))
-        self.targets: list[Target] = self.stack.targets(self.layers[-1])
-        facts = [fact for file in fact_files for fact in load_facts(file)]
-        self.batches = fact_batches(tokenizer, facts, self.config, self.model.device)
+        self.facts = [fact for file in fact_files for fact in load_facts(file)]
+        contrast = builtin_contrast(self.facts)
+        self.common = Subspaces.fit(self.model, self.tokenizer, builtin_text(), contrast, progress=False)
+        self.first = self.common.fitted_on["layers"][0]
+        self.targets = self.stack.writers(self.first)
+        self.config = CIRConfig(batch_size=len(self.facts))
         self.weights = snapshot(self.targets)
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
+        self.model.requires_grad_(False)
+        with answering(self.model, self.stack, self.first) as tape:
+            self.relearned = tape.mlps
+            told = sentences(tape, self.tokenizer, self.facts, max_length=self.config.max_length, at_once=512)
+        self.told = [
+            [(s.statement.ids[: s.statement.told[-1] + 1], s.statement.told) for s in told if s.owner == fact]
+            for fact in range(len(self.facts))
+        ]
 
-    def prepare(self, form: str, undo: ExitStack) -> Epoch:
-        """Everything up to the first update epoch of ``form``, which the function returned then runs."""
+    def prepare(self, form: str, undo: ExitStack) -> Step:
+        """The first step of ``form``, ready to be taken."""
         undo.callback(restore, self.targets, self.weights)
-        if form != "ours":
-            return self._eager(undo, trims=form == "trimmed")
-        tape = undo.enter_context(capture(self.model, self.stack, self.layers[-1]))
-        breaker = Breaker(tape, self.targets, self.layers, self.batches, [], self.config)
-        breaker.fit()
-        return lambda: breaker.epoch(self.config.rate)
-
-    def _eager(self, undo: ExitStack, trims: bool) -> Epoch:
-        config = self.config
-        for target in self.targets:
-            target.linear.weight.requires_grad_(True)
-            undo.callback(target.linear.weight.requires_grad_, False)
-        eager = EagerCIR(self.model, self.stack, self.layers, config, trims=trims)
-        eager.record(self.batches)
-        eager.epoch(self.batches)
-        return lambda: eager.epoch(self.batches)
+        if form == "eager":
+            lengths = [RELEARNING_RATE * float(size) for size in sizes(self.relearned)]
+            about = self.targets, self.relearned, self.told, self.common, self.config, lengths
+            eager, everyone = EagerForgetter(self.model, *about), range(len(self.told))
+            before = [eager.odds(fact)[0].detach() for fact in everyone]
+            return lambda: eager.step(before, (everyone[::2], everyone[1::2]))
+        tape = undo.enter_context(answering(self.model, self.stack, self.first))
+        forgetter = Forgetter(tape, self.targets, self.tokenizer, self.facts, self.common, self.config)
+        return lambda: forgetter.apply(forgetter.step())
 
     def flops(self) -> int:
-        """Multiply-adds, twice, that an epoch cannot do without: forward, input gradients, weight update."""
-        layers = self.stack.layers[: self.layers[-1] + 1]
-        per_token = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
-        per_counted = sum(target.linear.weight.numel() for target in self.targets)
-        tokens = sum(int(batch.attention_mask.sum()) for batch in self.batches)
-        counted = sum(int(batch.predicting(self.config.skip_first).sum()) for batch in self.batches)
-        return 2 * (2 * tokens * per_token + counted * per_counted)
+        """Multiply-adds, twice, of the four reads that a step is made of, where relearning takes three: forwards and
+        backwards of the layers from the first that changes on, and of the LM head at the answers.
+        """
+        layers = sum(
+            p.numel() for layer in self.stack.layers[self.first :] for p in layer.parameters() if p.ndim == 2
+        )
+        tokens = sum(places[-1] for of in self.told for _, places in of)
+        answers = sum(len(places) for of in self.told for _, places in of)
+        read = 4 * (tokens * layers + answers * self.model.get_output_embeddings().weight.numel())
+        return read * (1 + self.config.relearning_steps)
 
 
-def seconds(epoch: Epoch) -> float:
+def seconds(step: Step) -> float:
     start = time.perf_counter()
-    epoch()
+    step()
     return time.perf_counter() - start
 
 
@@ -98,7 +99,7 @@ def matmul_rate() -> float:
 
 
 def peak_bytes(form: str, fact_files: list[str]) -> int:
-    """Peak resident bytes, beyond the loaded model, of fitting bases and one epoch (Linux: VmHWM)."""
+    """Peak resident bytes of a step, beyond the loaded model and the subspaces (Linux: VmHWM)."""
     workload = Workload(fact_files)
     with ExitStack() as undo:
         before = mark_memory()
@@ -126,7 +127,7 @@ def main() -> None:
                 times[form].append(seconds(workload.prepare(form, undo)))
     floor = workload.flops() / matmul_rate()
     rows = [row(form, times, memory, workload.flops(), floor) for form in FORMS]
-    print(f"{len(workload.batches)} batches; floor {workload.flops() / 1e9:.0f} GFLOP = {floor:.2f} s")
+    print(f"{len(workload.facts)} facts; floor {workload.flops() / 1e9:.0f} GFLOP = {floor:.2f} s")
     print(f"{'form':<9}{'seconds':>9}{'min..max':>14}{'speed-up':>10}{'MiB':>7}{'of floor':>10}")
     for r in rows:
         span = f"{r['min_s']:.2f}..{r['max_s']:.2f}"
@@ -141,7 +142,7 @@ def row(form: str, times: dict[str, list[float]], memory: dict[str, int], flops:
     """One result. The speed-up is the median of the ratios, turn by turn, so that the machine's drift cancels."""
     own = times[form]
     return {
-        "bench": "cpu.epoch",
+        "bench": "cpu.step",
         "form": form,
         "median_s": statistics.median(own),
         "min_s": min(own),

@@ -1,8 +1,9 @@
-"""CIR as its authors run it, in eager PyTorch: the baseline of the benchmarks and the oracle of the tests.
+"""Ours and the paper's steps in eager PyTorch: the baselines of the benchmarks and the oracles of the tests.
 
-Written from the description of the algorithm (arXiv 2509.11816): trimmed layers, but LM head and logits
-computed; weight gradients computed by autograd and then again from collapsed tokens; components projected out
-one after the other; every token kept in a list; one low-rank PCA for each linear and epoch.
+:class:`EagerCIR` is CIR as its authors run it, written from the description of the algorithm
+(arXiv 2509.11816): trimmed layers, but LM head and logits computed; weight gradients computed by autograd and then
+again from collapsed tokens; components projected out one after the other; every token kept in a list; one low-rank
+PCA for each linear and epoch. :class:`EagerForgetter` is the default method.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cir.config import BreakingConfig
-from cir.data.tokens import Batch
-from cir.model.sites import MLP, Stack
+from cir.config import BreakingConfig, CIRConfig
+from cir.data.tokens import Batch, pad
+from cir.forgetting.forgetter import LEAST_DOSE, LEAST_FALL
+from cir.forgetting.subspace import SiteSubspaces, Subspace
+from cir.model.sites import MLP, Stack, Target
 
 Basis = tuple[Tensor, Tensor]
 """Mean (D,) and components (D, k - 1)."""
@@ -194,3 +197,128 @@ class EagerCIR:
             yield
         finally:
             setattr(self.stack.decoder, self.stack.attribute, layers)
+
+
+Taps = dict[nn.Linear, tuple[Tensor, Tensor]]
+"""Input and output of each linear."""
+
+
+class EagerForgetter:
+    """Steps of the default method in the plain way: each fact's sentences in a forward of their own, padded, through
+    all layers and the whole vocabulary; a weight gradient for each fact, collapsed by products with dense matrices;
+    and all that is relearned read anew in every step.
+
+    Args:
+        written, relearned: linears. told: of each fact its sentences' ids, and the places in them that tell it.
+        common: what is collapsed. lengths: of a step of relearning, for each of the ``relearned``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        written: Sequence[Target],
+        relearned: Sequence[Target],
+        told: Sequence[Sequence[tuple[list[int], Sequence[int]]]],
+        common: SiteSubspaces,
+        config: CIRConfig,
+        lengths: Sequence[float],
+    ) -> None:
+        self.model, self.config, self.told, self.lengths = model, config, told, lengths
+        self.written, self.relearned = ([target.linear for target in of] for of in (written, relearned))
+        self.matrices = [
+            tuple(dense(common[site.name]).to(target.weight.dtype) for site in (target.gradient, target.activation))
+            for target in written
+        ]
+        norms = [linear.weight.detach().norm() for linear in self.written]
+        self.longest = config.max_change * float(torch.stack(norms).norm())
+
+    def odds(self, fact: int) -> tuple[Tensor, Taps]:
+        """(T,) log-odds of the answers of one fact, and what they come from."""
+        taps: Taps = {}
+
+        def tap(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            taps[module] = args[0], output if output.requires_grad else output.requires_grad_(True)  # type: ignore[index]
+
+        batch = pad([ids for ids, _ in self.told[fact]])
+        hooks = [linear.register_forward_hook(tap) for linear in {*self.written, *self.relearned}]
+        try:
+            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = []
+        for row, place in zip(*self._places(fact), strict=True):
+            answer, of = self.told[fact][row][0][place + 1], logits[row, place]
+            found.append(of[answer] - torch.cat([of[:answer], of[answer + 1 :]]).logsumexp(0))
+        return torch.stack(found), taps
+
+    def step(self, before: Sequence[Tensor], halves: Sequence[Sequence[int]]) -> None:
+        """One, in place. ``before``: log-odds of each fact before the first. ``halves``: facts, asked after the
+        other half was relearned.
+        """
+        config, everyone = self.config, range(len(self.told))
+        first = {tuple(half): self._gradient(half) for half in halves}
+        back: dict[int, Tensor] = {}
+        grads: dict[int, list[Tensor]] = {}
+        kept = [linear.weight.detach().clone() for linear in self.relearned]
+        for asked, taught in (halves, halves[::-1]):
+            for lesson in range(config.relearning_steps):
+                total = self._gradient(taught) if lesson else first[tuple(taught)]
+                for linear, length, grad in zip(self.relearned, self.lengths, total, strict=True):
+                    linear.weight.data += length * grad.sign()
+            for fact in asked:
+                then, taps = self.odds(fact)
+                back[fact] = then.detach()
+                returns = (then * (back[fact] > config.relearning_floor)).sum()
+                grads[fact] = self._of(fact, returns, taps, self.written)
+            for linear, original in zip(self.relearned, kept, strict=True):
+                linear.weight.data.copy_(original)
+        total = [torch.zeros_like(linear.weight) for linear in self.written]
+        for fact in everyone:
+            for own, update in zip(total, self._update(fact, before[fact], back[fact], grads.pop(fact)), strict=True):
+                own.data += update
+        for linear, update in zip(self.written, total, strict=True):
+            linear.weight.data += update
+
+    def _update(self, fact: int, before: Tensor, back: Tensor, grads: list[Tensor]) -> list[Tensor]:
+        """What takes one fact its dose further down."""
+        config, returns = self.config, back > self.config.relearning_floor
+        now, taps = self.odds(fact)
+        left = now.detach() - (before - LEAST_FALL).clamp_max(config.floor)
+        alone = (left > 0) & ~returns
+        own = self._of(fact, (now * alone).sum(), taps, self.written)
+        grads = [a + b for a, b in zip(grads, own, strict=True)]
+        collapsed = [g.T @ grad @ a for grad, (g, a) in zip(grads, self.matrices, strict=True)]
+        effect = sum(float((a * b).sum()) for a, b in zip(grads, collapsed, strict=True))
+        squared = sum(float(a.square().sum()) for a in collapsed)
+        left = torch.where(returns, left.maximum(back - config.relearning_floor), left)[returns | (left > 0)]
+        dose = float(left.clamp(min(LEAST_DOSE, config.dose), config.dose).sum())
+        scale = min(dose / effect, self.longest / squared**0.5) if effect > 0 and squared > 0 else 0.0
+        return [-scale * grad for grad in collapsed]
+
+    def _gradient(self, facts: Sequence[int]) -> list[Tensor]:
+        """That of all that are ``facts``, one after the other."""
+        total = [torch.zeros_like(linear.weight) for linear in self.relearned]
+        for fact in facts:
+            odds, taps = self.odds(fact)
+            for own, grad in zip(total, self._of(fact, odds.sum(), taps, self.relearned), strict=True):
+                own.data += grad
+        return total
+
+    def _of(self, fact: int, loss: Tensor, taps: Taps, linears: Sequence[nn.Linear]) -> list[Tensor]:
+        """Weight gradients, of the tokens where the answers are predicted."""
+        at = self._places(fact)
+        found = torch.autograd.grad(loss, [taps[linear][1] for linear in linears])
+        return [g[at].T @ taps[linear][0].detach()[at] for g, linear in zip(found, linears, strict=True)]
+
+    def _places(self, fact: int) -> tuple[list[int], list[int]]:
+        """Row and place of each token that predicts an answer's."""
+        pairs = [(row, place - 1) for row, (_, places) in enumerate(self.told[fact]) for place in places]
+        return [row for row, _ in pairs], [place for _, place in pairs]
+
+
+def dense(subspace: Subspace) -> Tensor:
+    """The matrix by which rows are collapsed."""
+    matrix = torch.eye(len(subspace.basis), device=subspace.basis.device)
+    subspace.collapse_(matrix)
+    return matrix

@@ -99,7 +99,7 @@ class Editor:
         self._neighbours = [replace(fact, probes=fact.probes[:1]) for fact in facts[::every]]
         self._rows = windows(tokenizer, builtin_text() if text is None else text, WINDOW)
         self._index = index(self._rows)
-        self._base = base = snapshot(self._targets)
+        self._base = base = snapshot(self._targets, near=True)
         self._history = History(self.fingerprint)
         self._turns, self._broken = Turns(), False
         self._journal = None if journal is None else Journal(journal, self.fingerprint, self.config.rounding, key)
@@ -205,7 +205,7 @@ class Editor:
     def commit(self) -> None:
         """Make the active edits final: they can no longer be undone."""
         with self._turn():
-            base = snapshot(self._targets)
+            base = snapshot(self._targets, near=True)
             self._record("commit", {})
             self._base = base
 
@@ -384,7 +384,7 @@ class Editor:
             try:
                 if record.kind == "commit":
                     self._write(self._history.active)
-                    self._base = snapshot(self._targets)
+                    self._base = snapshot(self._targets, near=True)
                 self._history.take(record)
                 if record.kind == "edit":
                     edit = self._history.entries[-1].edit

@@ -31,7 +31,7 @@ from cir.system.writing import write_file
 
 FORMAT = "cir-subspaces-2"
 GRADIENTS_EVERY = 4
-"""Chunks of text of which one is read for its gradients too, which cost several times as much."""
+"""Windows of text of which one is read for its gradients too, which cost several times as much."""
 
 
 class Subspaces(SiteSubspaces):
@@ -171,16 +171,18 @@ def fitted(
                 norm = 1.0 if name in activations else x.norm(dim=1, keepdim=True).clamp_min(1e-30)
                 stream.observe({name: x * (weight**0.5 / norm)})
 
-    at_once = min(at_once, TOKENS_AT_ONCE)
-    chunks = [] if rows is None else list(rows.split(max(1, at_once // rows.shape[1])))
+    weight = GRADIENTS_EVERY * config.text_weight * of_facts / of_text if of_facts and of_text else 1.0
+    chunks: list[tuple[Tensor, bool]] = []
+    if rows is not None:
+        with_gradients = torch.arange(len(rows)) % GRADIENTS_EVERY == (0 if weight else -1)
+        # Half at a time where all tokens are predicted: their logits are most of what is kept.
+        for chosen, tokens in ((~with_gradients, at_once), (with_gradients, at_once // 2)):
+            parts = rows[chosen].split(max(1, tokens // rows.shape[1]))
+            chunks += [(part, tokens < at_once) for part in parts if len(part)]
     with tqdm(total=len(chunks) + len(asked), disable=not progress, unit="batch", desc="fitting") as bar:
-        for number, chunk in enumerate(chunks):
-            weight = GRADIENTS_EVERY * config.text_weight * of_facts / of_text if of_facts else 1.0
-            with_gradients = weight > 0 and number % GRADIENTS_EVERY == 0
-            # Half at a time, as all tokens of text are predicted: their logits are most of what is kept.
-            for part in chunk.split(max(1, len(chunk) // 2)) if with_gradients else [chunk]:
-                batch = Batch(part, torch.ones_like(part, dtype=torch.bool)).to(device)
-                observe(_text_tokens(tape, batch, with_gradients), 1.0, weight)
+        for chunk, gradients in chunks:
+            batch = Batch(chunk, torch.ones_like(chunk, dtype=torch.bool)).to(device)
+            observe(_text_tokens(tape, batch, gradients), 1.0, weight)
             bar.update()
         for facts_asked in asked:
             read = facts_asked.read(tape)

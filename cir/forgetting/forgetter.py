@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,23 @@ class Step:
     live: int = 0
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What is relearned of a batch, and what is then asked.
+
+    Attributes:
+        taught, asked: numbers of the parts; none are taught where the peers of a fact are.
+        lesson, questions: the forwards of each.
+        rows: along which each step moved the MLPs, but the first where parts are taught, whose rows are always known.
+    """
+
+    taught: list[int]
+    asked: list[int]
+    lesson: list[Questions]
+    questions: list[Questions]
+    rows: list[Tokens]
+
+
 class Forgetter:
     """Steps on one captured model, batch by batch of facts.
 
@@ -79,11 +96,13 @@ class Forgetter:
         self._weight = sum(float(t.weight.detach().double().norm()) ** 2 for t in targets) ** 0.5
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
         self._spare: list[Tensor] | None = None
+        self._written, self._taught = ([site.name for site in sites_of(of)] for of in (targets, tape.mlps))
         self._relearning = [RELEARNING_RATE * size for size in sizes(tape.mlps)]
         self._replays = replays or Replays().follow(tape.weights)
         self._steps_left = config.max_steps
         self._left: dict[int, set[int]] = {}
         self._before: dict[int, Tensor] = {}
+        self._lessons: dict[int, list[Lesson]] = {}
         order = list(range(len(facts)))
         self._random.shuffle(order)
 
@@ -94,6 +113,8 @@ class Forgetter:
             for sentence in sentences(tape, tokenizer, facts, max_length=config.max_length, at_once=at_once):
                 own[sentence.owner].append(sentence)
             self._batches = [[ask(tape, [s for i in part for s in own[i]], at_once) for part in of] for of in parts]
+            self._whole = [self._forwards(of) for of in self._batches]
+            self._counts = [[sum(len(asked.at) for asked in part) for part in of] for of in self._batches]
             self._peers: list[Questions] = []
             if contrast and config.relearning_steps and min(map(len, batches)) == 1:
                 self._peers = peers(tape, contrast, self.asked)
@@ -149,15 +170,21 @@ class Forgetter:
         Raises:
             NonFiniteError: on a NaN or infinity.
         """
-        config, parts = self._config, self._batches[number]
-        read = self._read(parts)
-        rows = joined(read)
+        # Peers, which no step changes, are read once; but what was read of earlier weights does not tell that all is
+        # gone.
+        anew = len(self._batches[number]) > 1 or number not in self._lessons
+        step = self._step(number, floor, anew)
+        return step if anew or step.live else self._step(number, floor, anew=True)
+
+    def _step(self, number: int, floor: float | None, anew: bool) -> Step:
+        config = self._config
+        rows = self._read(self._whole[number])
         before = self._before.setdefault(number, rows.odds)
         floors = (before - LEAST_FALL).clamp_max(config.floor if floor is None else floor)
         live, left = rows.odds > floors, rows.odds - floors
-        if config.relearning_steps and (len(parts) > 1 or self._peers):
-            back = self._returning(parts, read)
-            rows, live, left = _replaced(read, back, floors, config.relearning_floor)
+        if config.relearning_steps and (len(self._batches[number]) > 1 or self._peers):
+            back = self._returning(number, rows, anew)
+            rows, live, left = _replaced(rows.at(self._written), back, floors, config.relearning_floor)
         odds, live, left = torch.stack([rows.odds, live.to(left), left]).cpu()
         mean = float(odds.mean())
         if not torch.isfinite(odds).all():
@@ -174,40 +201,52 @@ class Forgetter:
         with phase("update"):
             add_outer(self._targets, step.tokens, scale, self._config.rounding, self._updates, self._remainders)
 
-    def _read(self, parts: Sequence[Sequence[Questions]]) -> list[Rows]:
-        """The rows of each part, in as few forwards as they fit into."""
-        with phase("forward, backward"):
-            forwards = together([asked for part in parts for asked in part], self._at_once)
-            rows = joined([asked.read(self._tape, self._replays) for asked in forwards])
-            return rows.split([sum(len(asked.at) for asked in part) for part in parts])
+    def _forwards(self, parts: Sequence[Sequence[Questions]]) -> list[Questions]:
+        return together([asked for part in parts for asked in part], self._at_once)
 
-    def _returning(self, parts: Sequence[Sequence[Questions]], read: Sequence[Rows]) -> list[Rows]:
-        """The rows of each part after others were relearned, each part once; the weights are then as before, as they
-        were when the parts were ``read``: what the first step of relearning starts from.
+    def _read(self, forwards: Sequence[Questions]) -> Rows:
+        with phase("forward, backward"):
+            return joined([asked.read(self._tape, self._replays) for asked in forwards])
+
+    def _returning(self, number: int, rows: Rows, anew: bool) -> Rows:
+        """The rows of the batch after others of it were relearned, at the sites that are written; the weights are
+        then as before, when they gave ``rows``: what relearning starts from. The steps after the first read others
+        ``anew``, or repeat those of the last lesson.
         """
+        counts = self._counts[number]
+        pieces, found = rows.split(counts), dict[int, Rows]()
+        if anew:
+            self._lessons[number] = self._lessons_of(self._batches[number])
+        self._spare = snapshot(self._tape.mlps, into=self._spare, near=True)
+        for lesson in self._lessons[number]:
+            try:
+                if lesson.taught:
+                    self._relearn(joined([pieces[i].at(self._taught) for i in lesson.taught]).tokens)
+                for step in range(self._config.relearning_steps - bool(lesson.taught)):
+                    if anew:
+                        lesson.rows.append(self._read(lesson.lesson).at(self._taught).tokens)
+                    self._relearn(lesson.rows[step])
+                asked = self._read(lesson.questions).at(self._written)
+            finally:
+                restore(self._tape.mlps, self._spare)
+            found |= dict(zip(lesson.asked, asked.split([counts[i] for i in lesson.asked]), strict=True))
+        return joined([found[i] for i in range(len(counts))])
+
+    def _lessons_of(self, parts: Sequence[Sequence[Questions]]) -> list[Lesson]:
+        """Each half of ``parts`` is relearned and the other asked; where there is one, its peers are relearned."""
         order = list(range(len(parts)))
         self._random.shuffle(order)
         halves = order[: len(parts) // 2], order[len(parts) // 2 :]
-        found: dict[int, Rows] = {}
-        self._spare = snapshot(self._tape.mlps, into=self._spare, near=True)
-        for asked, others in (halves, halves[::-1]) if halves[0] else ((order, ()),):
-            lesson = [question for i in others for question in parts[i]] or self._peers
-            rows = joined([read[i] for i in others]) if others else self._read([lesson])[0]
-            try:
-                for step in range(self._config.relearning_steps):
-                    if step:
-                        (rows,) = self._read([lesson])
-                    self._relearn(rows)
-                found |= dict(zip(asked, self._read([parts[i] for i in asked]), strict=True))
-            finally:
-                restore(self._tape.mlps, self._spare)
-        return [found[i] for i in range(len(parts))]
+        of = [self._forwards([parts[i] for i in half]) for half in halves]
+        if not halves[0]:
+            return [Lesson([], order, self._peers, of[1], [])]
+        return [Lesson(halves[1 - i], halves[i], of[1 - i], of[i], []) for i in range(2)]
 
-    def _relearn(self, rows: Rows) -> None:
-        """Raise the log-odds of ``rows`` as an attacker does: all over the MLPs, and nothing is collapsed."""
+    def _relearn(self, tokens: Tokens) -> None:
+        """Raise the log-odds of rows as an attacker does: all over the MLPs, and nothing is collapsed."""
         self._updates += 1
         with phase("relearn"):
-            sign_step(self._tape.mlps, rows.tokens, self._relearning, self._updates)
+            sign_step(self._tape.mlps, tokens, self._relearning, self._updates)
 
     def _dosed(self, rows: Rows, left: Tensor) -> Tokens:
         """The rows collapsed, those of each fact scaled to its dose, which is no more than what is ``left`` to go."""
@@ -276,11 +315,8 @@ def _grams(names: Collection[str], left: Tokens, right: Tokens) -> Tokens:
     return found
 
 
-def _replaced(
-    read: Sequence[Rows], back: Sequence[Rows], floors: Tensor, returned: float
-) -> tuple[Rows, Tensor, Tensor]:
+def _replaced(now: Rows, then: Rows, floors: Tensor, returned: float) -> tuple[Rows, Tensor, Tensor]:
     """Of each row the one that came back, where it did; whether it is not gone; and by how many nats."""
-    now, then = joined(read), joined(back)
     returns = then.odds > returned
     tokens = {
         name: torch.where(returns[:, None].to(rows.device), then.tokens[name], rows)
@@ -288,7 +324,7 @@ def _replaced(
     }
     left = now.odds - floors
     left = torch.where(returns, left.maximum(then.odds - returned), left)
-    return Rows(now.owners, now.odds, tokens), returns | (now.odds > floors), left
+    return replace(now, tokens=tokens), returns | (now.odds > floors), left
 
 
 def _mean(values: Sequence[float]) -> float:

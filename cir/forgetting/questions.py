@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,6 +112,10 @@ class Rows:
         on = {device: kept.to(device) for device in {rows.device for rows in (self.odds, *self.tokens.values())}}
         tokens = {name: rows[on[rows.device]] for name, rows in self.tokens.items()}
         return Rows(self.owners[kept], self.odds[on[self.odds.device]], tokens)
+
+    def at(self, names: Collection[str]) -> Rows:
+        """The same at the sites of these ``names`` alone."""
+        return replace(self, tokens={name: self.tokens[name] for name in names})
 
     def split(self, counts: Sequence[int]) -> list[Rows]:
         """In parts of so many."""

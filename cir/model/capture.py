@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cir.data.tokens import Batch
+from cir.model.norms import fused_norms
 from cir.model.sites import Site, Stack, Target
 
 Tokens = dict[str, Tensor]
@@ -71,8 +72,7 @@ class Capture:
     """Trimmed forwards and backwards over the layers 0..last_layer. Made by :func:`capture`."""
 
     def __init__(self, stack: Stack, last_layer: int) -> None:
-        self._stack = stack
-        self._last_layer = last_layer
+        self._stack, self._last_layer = stack, last_layer
         # Makes the outputs of the lowest linears require gradient, as no parameter does; gets none itself.
         self._tap = torch.zeros((), requires_grad=True)
         # The pass under way; None in full forwards, such as a budget check's, of which nothing is kept.
@@ -81,9 +81,8 @@ class Capture:
     def forward(self, batch: Batch, mask: Tensor, observe: Callable[[Tokens], object] | None = None) -> Hidden:
         """Run ``batch`` through the embedding and the layers 0..last_layer, and nothing above.
 
-        ``mask`` (N,) says which of its real tokens are counted, as bools or as places. With ``observe`` no rows of
-        theirs are kept: it is given those of each site as they come. The LM head is not run. Gradient flows unless
-        the caller is in ``torch.no_grad()``.
+        ``mask`` (N,): which of its real tokens are counted, as bools or places. No rows of theirs are kept if
+        ``observe`` is given those of each site as they come. Gradient flows unless the caller is in ``no_grad``.
         """
         stack, layers = self._stack, self._stack.layers
         inputs, places = packed_inputs(stack, batch)
@@ -386,6 +385,8 @@ def _tapping(model: nn.Module, tape: Capture, targets: Sequence[Target]) -> Iter
             if getattr(target.linear.__dict__.get("forward"), "__module__", None) == __name__:
                 raise RuntimeError(f"{target.gradient.name}: already captured by another engine")
             _replace_forward(undo, target.linear, tape._tapped(target))
+        for norm, forward in fused_norms(model):
+            _replace_forward(undo, norm, forward)
         yield
 
 

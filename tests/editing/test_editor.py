@@ -64,7 +64,7 @@ def test_forgets_the_fact_alone_and_reports_what_is_so(make, unchanged):
     assert edit.forgotten
     assert edit.before.recall > 0.9
     assert edit.after.recall < 0.3
-    near = {"rel": 1e-4 if model.dtype == torch.float32 else 1e-2}  # other forwards round otherwise
+    near = {"rel": 1e-4 if model.dtype == torch.float32 else 3e-2}  # a bfloat16 logit of 8 is rounded by 0.02
     assert edit.after.recall == pytest.approx(recall(model, tokenizer, [FACTS[8]])["f8"], **near)
     kept = recall(model, tokenizer, FACTS[:6])
     assert edit.after.neighbours == pytest.approx(sum(kept.values()) / 6, **near)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
+from bench.eager import EagerForgetter
 from cir.config import CIRConfig
 from cir.data.facts import load_facts
 from cir.forgetting.fitting import fitted
-from cir.forgetting.forgetter import Forgetter, doses
+from cir.forgetting.forgetter import RELEARNING_RATE, Forgetter, doses
 from cir.forgetting.questions import joined, likeness, peers, questions, sentences, together
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, restore, sign_step, sizes, snapshot
@@ -206,8 +208,7 @@ def test_relearning_is_undone_and_makes_forgetting_hold(opened):
     def relearned() -> float:
         """Mean log-odds of some facts after the others were relearned."""
         attacker = Forgetter(tape, targets, tokenizer, FACTS[:8], NOTHING, replace(CONFIG, relearning_steps=3))
-        parts = attacker._batches[0]
-        return float(joined(attacker._returning(parts, attacker._read(parts))).odds.mean())
+        return float(attacker._returning(0, attacker._read(attacker._whole[0]), anew=True).odds.mean())
 
     found = {}
     for steps in (0, 3):
@@ -226,6 +227,61 @@ def test_relearning_is_undone_and_makes_forgetting_hold(opened):
             for target, weight in zip(targets, before, strict=True):
                 target.linear.weight.copy_(weight)
     assert found[3] < found[0] - 1
+
+
+def test_peers_are_read_once_and_again_before_a_fact_is_gone(opened, monkeypatch):
+    _, tokenizer, targets, tape = opened
+    config = replace(CONFIG, relearning_floor=-9.0)
+    forgetter = Forgetter(
+        tape, targets, tokenizer, FACTS[:1], NOTHING, config, contrast=told(tape, tokenizer, FACTS[6:])
+    )
+    reads, relearned = [], []
+    read, relearn = Forgetter._read, Forgetter._relearn
+    monkeypatch.setattr(Forgetter, "_read", lambda self, forwards: reads.append(1) or read(self, forwards))
+    monkeypatch.setattr(Forgetter, "_relearn", lambda self, tokens: relearned.append(tokens) or relearn(self, tokens))
+    taken = []
+    while (step := forgetter.step()).live:
+        taken.append((len(reads), list(relearned)))
+        forgetter.apply(step)
+        reads.clear(), relearned.clear()
+    (first, lesson), *others = taken
+    assert first == 1 + config.relearning_steps + 1  # the fact, its peers, the fact again
+    assert len(others) > 3
+    for count, again in others:
+        assert count == 2
+        assert all(a is b for a, b in zip(again, lesson, strict=True))
+    assert len(reads) == 2 + first  # what was read of other weights says that it is gone, and what is read of these
+    assert lesson[0] is not relearned[-1]
+
+
+def test_steps_are_those_of_plain_autograd(knowing):
+    model, tokenizer = copy.deepcopy(knowing[0]).double(), knowing[1]
+    targets = find_stack(model).writers(FIRST)
+    config = replace(CONFIG, text_weight=1.0, relearning_floor=-3.0)
+    with answering(model, find_stack(model), FIRST) as tape:
+        common = fitted(tape, targets, None, asked(tape, tokenizer, FACTS[6:]), config, progress=False)
+        own, mlps = told(tape, tokenizer, FACTS[:5]), tape.mlps
+        forgetter = Forgetter(tape, targets, tokenizer, FACTS[:5], common, config)
+        states, halves, changes = [], [], []
+        for _ in range(3):
+            states.append(snapshot(targets))
+            forgetter.apply(forgetter.step())
+            halves.append([facts_of(forgetter, lesson.asked) for lesson in forgetter._lessons[0]])
+            changes.append([now - then for now, then in zip(snapshot(targets), states[-1], strict=True)])
+    lines = [[(s.statement.ids, s.statement.told) for s in own if s.owner == fact] for fact in range(5)]
+    restore(targets, states[0])
+    lengths = [RELEARNING_RATE * float(size) for size in sizes(mlps)]
+    eager = EagerForgetter(model, targets, mlps, lines, common, config, lengths)
+    before = [eager.odds(fact)[0].detach() for fact in range(5)]
+    for state, half, expected in zip(states, halves, changes, strict=True):
+        restore(targets, state)
+        eager.step(before, half)
+        for now, then, change in zip(snapshot(targets), state, expected, strict=True):
+            assert float((now - then - change).norm() / change.norm()) < 1e-4
+
+
+def facts_of(forgetter, parts):
+    return sorted({owner for i in parts for part in forgetter._batches[0][i] for owner in part.owners.tolist()})
 
 
 def test_where_a_fact_is_alone_contrast_facts_are_relearned(opened):
