@@ -81,9 +81,9 @@ class Subspaces(SiteSubspaces):
         targets = stack.writers(first)
         rows = None if texts is None else chosen(windows(tokenizer, texts, config.retain_length), config)
         with answering(model, stack, first) as tape:
-            length = config.max_length
-            asked = questions(tape, tokenizer, facts, max_length=length, at_once=tokens_at_once(model.device))
-            solved = fitted(tape, targets, rows, asked, config, progress=progress)
+            length, at_once = config.max_length, tokens_at_once(model.device)
+            asked = questions(tape, tokenizer, facts, max_length=length, at_once=at_once)
+            solved = fitted(tape, targets, rows, asked, config, at_once=at_once, progress=progress)
         fitted_on = {
             "fingerprint": fingerprint(targets),
             "layers": list(range(first, len(stack.mlps))),
@@ -175,10 +175,10 @@ def fitted(
     chunks: list[tuple[Tensor, bool]] = []
     if rows is not None:
         with_gradients = torch.arange(len(rows)) % GRADIENTS_EVERY == (0 if weight else -1)
-        # Half at a time where all tokens are predicted: their logits are most of what is kept.
-        for chosen, tokens in ((~with_gradients, at_once), (with_gradients, at_once // 2)):
-            parts = rows[chosen].split(max(1, tokens // rows.shape[1]))
-            chunks += [(part, tokens < at_once) for part in parts if len(part)]
+        # Fewer at a time where all tokens are predicted: their logits are most of what is kept.
+        for gradients, tokens in ((False, at_once), (True, min(at_once, TOKENS_AT_ONCE) // 2)):
+            parts = rows[with_gradients == gradients].split(max(1, tokens // rows.shape[1]))
+            chunks += [(part, gradients) for part in parts if len(part)]
     with tqdm(total=len(chunks) + len(asked), disable=not progress, unit="batch", desc="fitting") as bar:
         for chunk, gradients in chunks:
             batch = Batch(chunk, torch.ones_like(chunk, dtype=torch.bool)).to(device)
