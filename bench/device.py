@@ -47,10 +47,10 @@ PARTS = [
             "tests/kernels/test_triton.py",
         ),
     ),
-    Part("default", 110, ("bench.step", "--tasks", "unlearn:ours", "edit:ours")),
-    Part("kernels", 45, ("bench.kernels", "--seconds", "35")),
+    Part("default", 130, ("bench.step", "--tasks", "unlearn:ours", "edit:ours")),
+    Part("kernels", 35, ("bench.kernels", "--seconds", "25")),
     Part("paper", 150, ("bench.step", "--tasks", "W1:eager", "W1:ours")),
-    Part("saving", 115, ("bench.step", "--tasks", "W1:saving")),
+    Part("saving", 110, ("bench.step", "--tasks", "W1:saving")),
 ]
 
 

@@ -11,7 +11,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from cir.config import CIRConfig, EditConfig, rank_at
-from cir.forgetting.memory import ROOMY, TOKENS_AT_ONCE, needed_to_forget, tokens_at_once
+from cir.forgetting.fitting import GRADIENTS_EVERY
+from cir.forgetting.memory import ROOMY, STEP_ON_GPU, TOKENS_AT_ONCE, needed_to_forget, tokens_at_once
 from cir.forgetting.questions import PEERS
 from cir.forgetting.subspace import columns_at
 from cir.model.sites import find_stack, sites_of
@@ -38,13 +39,13 @@ GPUS = {
     "h200": GPU(141e9, 4.8e12, 989e12, 67e12),
     "b200": GPU(180e9, 8.0e12, 2250e12, 40e12),
 }
-ARITHMETIC, REPLAYED, MEMORY, DOUBLE = 0.35, 0.31, 0.8, 0.4
+ARITHMETIC, REPLAYED, MEMORY, DOUBLE = 0.41, 0.34, 0.8, 0.4
 """Of the datasheet's rates, what layers of 2048 tokens, replayed ones of a thousand, copies and solves reach. These
-and the times of the host are fitted to runs on one H100, docs/gpu.md; for other GPUs they are guesses.
+and the times of the host are fitted to runs on H100s and an H200, docs/gpu.md; for other GPUs they are guesses.
 """
 HOST_FORWARD, HOST_BACKWARD = 1.2e-3, 1.5e-3
 """Seconds in which the host launches a layer, where no CUDA graph does."""
-HOST_STEP, HOST_CAPTURE, HOST_EDIT, HOST_FIT = 0.02, 0.1, 0.41, 2.3
+HOST_STEP, HOST_CAPTURE, HOST_EDIT, HOST_FIT = 0.02, 0.1, 0.35, 2.1
 """Seconds of the host for a step beside its reads, to capture a graph, and once for an edit and a fit."""
 STEPS, EDIT_STEPS = 12, 12
 """Of a batch of facts, and of one by the Editor: what SmolLM2 took, docs/method.md."""
@@ -208,7 +209,7 @@ def plan(
             f"layers run at {ARITHMETIC:.0%} of the datasheet's FLOP/s, in graphs of 1,000 tokens at {REPLAYED:.0%}",
             f"copies at {MEMORY:.0%} of its bandwidth, solves at {DOUBLE:.0%} of its float64 FLOP/s",
             f"the host launches a layer in {1e3 * HOST_FORWARD:.1f} ms, its backward in {1e3 * HOST_BACKWARD:.1f} ms",
-            f"and takes {1e3 * HOST_STEP:.0f} ms of a step; fitted to runs on one H100",
+            f"and takes {1e3 * HOST_STEP:.0f} ms of a step; fitted to runs on H100s and an H200",
         ),
     )
 
@@ -270,13 +271,18 @@ class _Shape:
         return found
 
     def fit(self, gpu: GPU, config: CIRConfig, contrast: int) -> Phase:
-        found, chunks, depth = Phase(), config.retain_tokens / TOKENS_AT_ONCE, len(self.stack.mlps)
-        self._forward(found, gpu, chunks, self.lower + self.upper, depth, TOKENS_AT_ONCE)
-        self._read(found, gpu, chunks / 4, TOKENS_AT_ONCE, replayed=False)
+        found, depth = Phase(), len(self.stack.mlps)
+        alone, both = STEP_ON_GPU, TOKENS_AT_ONCE / 2
+        with_gradients = config.retain_tokens / GRADIENTS_EVERY
+        self._forward(
+            found, gpu, (config.retain_tokens - with_gradients) / alone, self.lower + self.upper, depth, alone
+        )
+        self._forward(found, gpu, with_gradients / both, self.lower, self.first, both)
+        self._read(found, gpu, with_gradients / both, both, replayed=False)
         self._read(found, gpu, max(1, contrast / 2048), min(contrast, 2048), replayed=False)
         for site in sites_of(self.targets):
             columns = columns_at(site, rank_at(site, config.rank))
-            rows = config.retain_tokens if site.kind == "activation" else config.retain_tokens / 4
+            rows = config.retain_tokens if site.kind == "activation" else with_gradients
             found.add(gpu, 1, 4 * rows * site.width * columns, 16 * site.width * columns)
             solve = 8 * site.width * columns**2
             found.add(gpu, 1, solve, 8 * 8 * site.width * columns, rate=DOUBLE * gpu.double)
@@ -302,7 +308,7 @@ class _Shape:
         found = Phase()
         steps = min(EDIT_STEPS, edit.max_steps)
         self._read(found, gpu, 2 * steps, own)
-        self._read(found, gpu, config.relearning_steps * steps, PEERS * tokens)
+        self._read(found, gpu, 2 * config.relearning_steps, PEERS * tokens)  # once, and again in the end
         self._change(found, gpu, steps, config.relearning_steps, 2)
         found.add(gpu, 1, 0.0, 0.0, HOST_EDIT)
         looks = steps / edit.check_every + 2

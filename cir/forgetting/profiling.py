@@ -198,6 +198,8 @@ def _phases(events: Sequence[Any], flop: Mapping[str, int]) -> tuple[Phase, ...]
     named = []
     for event in events:
         if event.device_type().name != "CPU":
+            if event.name().startswith(PHASE):
+                continue  # a phase once more, from its first kernel to its last
             launched_by = event.linked_correlation_id()
             on_device[launched_by] = on_device.get(launched_by, 0) + event.duration_ns()
         elif event.name().startswith(PHASE):

@@ -20,7 +20,8 @@ from tests.model.families import FAMILIES, SMALL, TABLE, outcome
 from tests.tiny import TEXT, VOCABULARY, facts, taught, tiny_llama, word_tokenizer
 
 FACTS = load_facts(facts(12))
-CONFIG = cir.CIRConfig(layers=0.5, retain_tokens=1024, budget=9.0, worst_window=9.0)
+# Of so few weights a fact takes a larger share than of a true model's.
+CONFIG = cir.CIRConfig(layers=0.5, max_change=0.1, retain_tokens=1024, budget=9.0, worst_window=9.0)
 EDIT = cir.EditConfig(target_recall=0.3, keep=0.5, budget=9.0, worst_window=9.0, rank=16, energy=0.9999)
 SHAPES = ("gpt2", "gpt_neox", "phi3", "opt", "falcon", "bloom")
 """Of each kind of MLP one, and a subclass of nn.Linear."""
@@ -57,7 +58,7 @@ def knowing(request):
 def test_what_was_taught_is_forgotten_and_the_rest_stays(knowing):
     model, tokenizer = copy.deepcopy(knowing[0]), knowing[1]
     report = cir.unlearn(model, tokenizer, FACTS[:4], contrast=FACTS[4:], retain=TEXT, config=CONFIG, progress=False)
-    assert report.after.mean_recall < 0.25 < 0.9 < report.before.mean_recall
+    assert report.after.mean_recall < 0.1 < 0.9 < report.before.mean_recall
     assert mean_recall(recall(model, tokenizer, FACTS[4:])) > 0.8
 
 
