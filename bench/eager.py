@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cir.config import BreakingConfig, CIRConfig
 from cir.data.tokens import Batch, pad
 from cir.forgetting.forgetter import LEAST_DOSE, LEAST_FALL
-from cir.forgetting.subspace import SiteSubspaces, Subspace
+from cir.forgetting.subspace import SiteSubspaces
 from cir.model.sites import MLP, Stack, Target
 
 Basis = tuple[Tensor, Tensor]
@@ -205,8 +205,7 @@ Taps = dict[nn.Linear, tuple[Tensor, Tensor]]
 
 class EagerForgetter:
     """Steps of the default method in the plain way: each fact's sentences in a forward of their own, padded, through
-    all layers and the whole vocabulary; a weight gradient for each fact, collapsed by products with dense matrices;
-    and all that is relearned read anew in every step.
+    all layers and the whole vocabulary, and a weight gradient for each fact, collapsed from both sides.
 
     Args:
         written, relearned: linears. told: of each fact its sentences' ids, and the places in them that tell it.
@@ -225,8 +224,8 @@ class EagerForgetter:
     ) -> None:
         self.model, self.config, self.told, self.lengths = model, config, told, lengths
         self.written, self.relearned = ([target.linear for target in of] for of in (written, relearned))
-        self.matrices = [
-            tuple(dense(common[site.name]).to(target.weight.dtype) for site in (target.gradient, target.activation))
+        self.bases = [
+            tuple(common[site.name].basis.to(target.weight.dtype) for site in (target.gradient, target.activation))
             for target in written
         ]
         norms = [linear.weight.detach().norm() for linear in self.written]
@@ -288,7 +287,10 @@ class EagerForgetter:
         alone = (left > 0) & ~returns
         own = self._of(fact, (now * alone).sum(), taps, self.written)
         grads = [a + b for a, b in zip(grads, own, strict=True)]
-        collapsed = [g.T @ grad @ a for grad, (g, a) in zip(grads, self.matrices, strict=True)]
+        collapsed = []
+        for grad, (g, a) in zip(grads, self.bases, strict=True):
+            grad = grad - g @ (g.T @ grad)
+            collapsed.append(grad - (grad @ a) @ a.T)
         effect = sum(float((a * b).sum()) for a, b in zip(grads, collapsed, strict=True))
         squared = sum(float(a.square().sum()) for a in collapsed)
         left = torch.where(returns, left.maximum(back - config.relearning_floor), left)[returns | (left > 0)]
@@ -315,10 +317,3 @@ class EagerForgetter:
         """Row and place of each token that predicts an answer's."""
         pairs = [(row, place - 1) for row, (_, places) in enumerate(self.told[fact]) for place in places]
         return [row for row, _ in pairs], [place for _, place in pairs]
-
-
-def dense(subspace: Subspace) -> Tensor:
-    """The matrix by which rows are collapsed."""
-    matrix = torch.eye(len(subspace.basis), device=subspace.basis.device)
-    subspace.collapse_(matrix)
-    return matrix

@@ -41,10 +41,14 @@ BASELINES = [
 ]
 EIGHT_B: list[tuple[str, dict[str, Any]]] = [
     ("`cir.unlearn`, 112 facts, 12 steps", {"task": "unlearn", "commit": "7602b9f"}),
+    ("", {"task": "unlearn", "commit": "3b15fdf"}),
     ("`Editor.forget`, one fact, 12 steps", {"task": "edit", "commit": "7602b9f"}),
+    ("", {"task": "edit", "commit": "3b15fdf"}),
     ("the paper's way, two epochs", {"task": "W1", "form": "ours", "commit": "52696f0"}),
+    ("", {"task": "W1", "form": "ours", "commit": "3b15fdf"}),
     ("the same, eager PyTorch", {"task": "W1", "form": "eager", "commit": "52696f0"}),
     ("", {"task": "W1", "form": "eager", "commit": "244feaf"}),
+    ("", {"task": "W1", "form": "eager", "commit": "3b15fdf"}),
     ("the paper's way, the upper weights on the host", {"task": "W1", "form": "saving", "commit": "244feaf"}),
 ]
 
@@ -123,20 +127,13 @@ def baselines() -> list[list[str]]:
 
 def cpu() -> list[list[str]]:
     head = ["form", "commit", "CPU", "seconds (median of 3)", "speed-up", "peak memory beyond the model"]
-    head += ["times the floor"]
-    chosen = [("eager", "b297eb0", "eager"), ("trimmed", "b297eb0", "trimmed")]
-    chosen += [
-        ("ours", "b297eb0", "ours without background"),
-        ("eager", "e553b47", "eager"),
-        ("ours", "e553b47", "ours"),
-    ]
-    lines = [head]
-    for label, commit, form in chosen:
-        row = found("cpu", form=form, commit=commit)
+    lines = [[*head, "times the floor"]]
+    for form in ("eager", "ours"):
+        row = found("cpu", bench="cpu.step", form=form)
         name = row["cpu"].split("(R)")[0].split(" ")[0]
         ratio = f"{row['median_s'] / row['floor_s']:.1f} ({row['floor_s']:.2f} s)"
-        speed = f"{row['speedup']:.2f} x"
-        lines.append([label, commit, name, f"{row['median_s']:.2f}", speed, _mib(row["peak_bytes"]), ratio])
+        seconds, speed = f"{row['median_s']:.2f}", f"{row['speedup']:.2f} x"
+        lines.append([form, row["commit"], name, seconds, speed, _mib(row["peak_bytes"]), ratio])
     return lines
 
 
@@ -149,14 +146,15 @@ def small() -> list[list[str]]:
 
 
 def eight_b() -> list[list[str]]:
-    head = ["whole call", "commit", "seconds (the first time)", "a fact", "used beyond the weights"]
+    head = ["whole call", "commit", "GPU", "seconds (the first time)", "a fact", "used beyond the weights"]
     lines = [[*head, "held by the allocator"]]
     for label, wanted in EIGHT_B:
         row = found("step", model="8b", **wanted)
         first = f" ({row['first_seconds']:.1f})" if row["first_seconds"] else ""
         seconds = f"{row['seconds']:.{2 if row['facts'] == 1 else 1}f}{first}"
         beyond, held = (f"{row[key] / 2**30:.1f} GiB" for key in ("peak_bytes", "reserved_bytes"))
-        lines.append([label, row["commit"], seconds, f"{row['seconds_a_fact']:.3f}", beyond, held])
+        card = row["gpu"].split()[1]
+        lines.append([label, row["commit"], card, seconds, f"{row['seconds_a_fact']:.3f}", beyond, held])
     return lines
 
 

@@ -170,8 +170,8 @@ class Forgetter:
         Raises:
             NonFiniteError: on a NaN or infinity.
         """
-        # Peers, which no step changes, are read once; but what was read of earlier weights does not tell that all is
-        # gone.
+        # Peers stay as they are while a fact goes, so that they are read once; but that nothing is left is told by
+        # what they are in these weights alone.
         anew = len(self._batches[number]) > 1 or number not in self._lessons
         step = self._step(number, floor, anew)
         return step if anew or step.live else self._step(number, floor, anew=True)
