@@ -53,7 +53,7 @@ class Lesson:
     Attributes:
         taught, asked: numbers of the parts; none are taught where the peers of a fact are.
         lesson, questions: the forwards of each.
-        rows: along which each step moved the MLPs, but the first where parts are taught, whose rows are always known.
+        rows: of peers, along which each step moved the MLPs, to be repeated.
     """
 
     taught: list[int]
@@ -210,8 +210,8 @@ class Forgetter:
 
     def _returning(self, number: int, rows: Rows, anew: bool) -> Rows:
         """The rows of the batch after others of it were relearned, at the sites that are written; the weights are
-        then as before, when they gave ``rows``: what relearning starts from. The steps after the first read others
-        ``anew``, or repeat those of the last lesson.
+        then as before, when they gave ``rows``: what relearning starts from. Peers are read ``anew``, or what was
+        read of them is repeated.
         """
         counts = self._counts[number]
         pieces, found = rows.split(counts), dict[int, Rows]()
@@ -223,9 +223,10 @@ class Forgetter:
                 if lesson.taught:
                     self._relearn(joined([pieces[i].at(self._taught) for i in lesson.taught]).tokens)
                 for step in range(self._config.relearning_steps - bool(lesson.taught)):
-                    if anew:
-                        lesson.rows.append(self._read(lesson.lesson).at(self._taught).tokens)
-                    self._relearn(lesson.rows[step])
+                    tokens = self._read(lesson.lesson).at(self._taught).tokens if anew else lesson.rows[step]
+                    self._relearn(tokens)
+                    if anew and not lesson.taught:
+                        lesson.rows.append(tokens)
                 asked = self._read(lesson.questions).at(self._written)
             finally:
                 restore(self._tape.mlps, self._spare)
