@@ -21,7 +21,8 @@ def fused_norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor]
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.device.type in ON:
+        # What another library hung on an instance may move its input from another device: it stays.
+        if isinstance(weight, Tensor) and weight.device.type in ON and "forward" not in module.__dict__:
             if module not in _FUSABLE:
                 _FUSABLE[module] = is_rms_norm(module)
             if _FUSABLE[module]:

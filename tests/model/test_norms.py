@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import wraps
+
 import pytest
 import torch
 from torch import nn
@@ -58,3 +60,12 @@ def test_captured_rows_are_those_of_the_modules_own_norms(model, monkeypatch, un
     assert len(called) >= len(fused)
     for name, expected in own.items():
         torch.testing.assert_close(found[name], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_forward_that_another_library_hung_on_a_norm_stays(model, monkeypatch):
+    monkeypatch.setattr(norms, "ON", ("cpu",))
+    norm = model.model.norm
+    assert norm in dict(fused_norms(model))
+    norm.forward = wraps(norm.forward)(lambda x, own=norm.forward: own(x))
+    assert norm not in dict(fused_norms(model))
+    assert len(list(fused_norms(model))) == 2 * len(model.model.layers)
