@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from cir.data.tokens import Batch
 from cir.forgetting.update import NonFiniteError
 from cir.model.capture import frozen
-from cir.model.sites import Stack, find_stack
+from cir.model.finding import find_stack
+from cir.model.sites import Stack
 
 SKIP_FIRST = 1
 """Tokens of a sentence whose hidden states are not to be forgotten: the first is an attention sink that all text

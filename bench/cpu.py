@@ -30,7 +30,7 @@ from cir.forgetting.questions import sentences
 from cir.forgetting.update import restore, sizes, snapshot
 from cir.model.capture import answering
 from cir.model.checkpoints import demo_model, load_model
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 
 FORMS = ("eager", "ours")
 BUILT_IN = [str(DATA / f"demo_{name}.jsonl") for name in ("forget", "related")]

@@ -28,7 +28,7 @@ from cir.data.tokens import sentence_batches, windows
 from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import loss_rise, recall, token_losses
 from cir.model.checkpoints import demo_model, load_model
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 
 FORMS = ("cir", "ascent")
 ASCENT_STEPS = 40

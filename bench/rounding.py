@@ -26,7 +26,7 @@ from cir import CIRConfig, load_facts
 from cir.data.shipped import DATA
 from cir.forgetting.update import interpolate, restore, snapshot
 from cir.model.checkpoints import demo_model, load_model
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from cir_kernels import outer_update_
 from cir_kernels.rounding import ROUNDINGS
 

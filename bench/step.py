@@ -45,7 +45,7 @@ from cir.forgetting.questions import joined, questions
 from cir.forgetting.update import fingerprint, sign_step, sizes
 from cir.measures import token_losses
 from cir.model.capture import answering
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from cir.proof.relearning import sentence_loss
 
 WORDS = 4096

@@ -8,9 +8,9 @@ import torch
 import cir
 from cir.config import BreakingConfig, CIRConfig, EditConfig
 from cir.model import replay
+from cir.model.finding import find_stack
 from cir.model.offload import offloaded, upper_modules
 from cir.model.replay import Replays
-from cir.model.sites import find_stack
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

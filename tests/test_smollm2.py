@@ -25,7 +25,8 @@ from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import WINDOW, mean_recall, recall, text_loss, token_losses
 from cir.model import checkpoints
 from cir.model.capture import capture
-from cir.model.sites import find_stack, sites_of
+from cir.model.finding import find_stack
+from cir.model.sites import sites_of
 from tests import oracle
 
 quality = pytest.mark.quality

@@ -16,7 +16,7 @@ from bench.world.grammar import OBJECTS, World
 from cir import Fact
 from cir.data.tokens import Batch, sentence_batches, windows
 from cir.measures import estimate, mean_recall, recall, text_loss
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from cir.proof.relearning import sentence_loss
 
 KNOWN = 0.9

@@ -32,7 +32,8 @@ from cir.editing.journal import Contents, JournalError, read_journal
 from cir.forgetting.update import fingerprint, fingerprint_of
 from cir.measures import recall
 from cir.model.checkpoints import load_model, saved_weights, weights_of
-from cir.model.sites import Target, find_stack
+from cir.model.finding import find_stack
+from cir.model.sites import Target
 from cir.system.files import brief
 from cir.system.writing import check_file, check_output, write_folder
 
@@ -270,7 +271,7 @@ def _checkpoint(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         applied.write(folder)
-        saved = fingerprint_of(saved_weights(folder, [target.name for target in targets], model.dtype))
+        saved = fingerprint_of(saved_weights(folder, targets, model.dtype))
         if saved != own:
             raise OSError(f"expected the checkpoint to read back as {own[:12]}, got {saved[:12]}; it was not kept")
 

@@ -29,8 +29,9 @@ from cir.forgetting.questions import Probed, Sentence, sentences
 from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import WINDOW, recall
 from cir.model.capture import AnswerCapture, Tokens, answering
+from cir.model.finding import find_stack
 from cir.model.replay import Replays
-from cir.model.sites import find_stack, unwrapped
+from cir.model.sites import unwrapped
 from cir.proof.relearning import relearn as attack
 from cir.system.signals import Held
 
@@ -317,7 +318,7 @@ class Editor:
                 # The sentences are gone, and some probe is not yet: lower still.
                 while not (step := forgetter.step(floor=floor)).live and floor > LOWEST:
                     floor -= 2 * settings.dose  # so far that a whole dose is left
-                if not any(rows.any() for rows in step.tokens.values()):
+                if not any(rows.any() for rows in step.tokens.values() if rows.is_floating_point()):
                     ended = True
                     break
                 forgetter.apply(step, share)

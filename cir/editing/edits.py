@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cir.data.facts import Fact, load_facts
 from cir.model.capture import Tokens
-from cir.model.sites import Target, find_stack, unwrapped
+from cir.model.finding import find_stack
+from cir.model.sites import Part, Target, unwrapped
 from cir.system.files import strict_json
 from cir.system.writing import check_output, write_file, write_folder
 from cir_kernels import outer_norm_sq, outer_update_
@@ -120,13 +121,13 @@ class Edit:
         """The linears of ``model`` that this edit changes, in the order in which an editor has them."""
         stack = find_stack(unwrapped(model))
         every = [*stack.writers(0), *stack.targets(len(stack.mlps) - 1)]
-        by_name = {target.name: target for target in every}
+        by_name = {name: target for target in every for name in target.names}
         for name, (b, a) in self.factors.items():
             shape = (b.shape[1], a.shape[1])
-            found = tuple(by_name[name].weight.shape) if name in by_name else "no such linear"
+            found = tuple(by_name[name].weight.shape[-2:]) if name in by_name else "no such linear"
             if found != shape:
                 raise ValueError(f"edit {self.id!r}: expected a model with {name} {shape}, got {found}")
-        return [target for name, target in by_name.items() if name in self.factors]
+        return list({target.name: target for name, target in by_name.items() if name in self.factors}.values())
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""
@@ -231,9 +232,13 @@ def add_factors(
     targets: Sequence[Target], edits: Sequence[Factors], *, sign: int = 1, rounding: str = "nearest"
 ) -> None:
     """W <- W + sign * the sum of the edits' B^T A for each target, rounded once: the same bits each time."""
-    for place, target in enumerate(targets if edits else ()):
-        weight = target.weight
-        b, a = (torch.cat(rows).to(weight.device) for rows in zip(*(f[target.name] for f in edits), strict=True))
+    matrices = ((target, name) for target in targets for name in target.names)
+    for place, (target, name) in enumerate(matrices):
+        pairs = [factors[name] for factors in edits if name in factors or not target.experts]
+        if not pairs:
+            continue
+        weight = target.part(name)
+        b, a = (torch.cat(rows).to(weight.device) for rows in zip(*pairs, strict=True))
         how = rounding if weight.dtype.itemsize == 2 else "nearest"
         outer_update_(weight, b, a, float(sign), rounding=how, seed=place)
 
@@ -246,21 +251,26 @@ def factorise(
     Returns:
         The factors, in the dtype of the weights, and the share of the squared norm that they hold.
     """
-    alike: dict[tuple[Any, ...], list[Target]] = {}
+    parts: dict[str, list[tuple[Part, float]]] = {}
     for target in targets:
-        alike.setdefault((target.weight.shape, target.weight.dtype, target.weight.device), []).append(target)
+        for tokens, scale in updates:
+            for part in target.parts(tokens):
+                parts.setdefault(part.name, []).append((part, scale))
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, of in parts.items():
+        weight, rows = of[0][0].weight, sum(len(part.gradient) for part, _ in of)
+        alike.setdefault((rows, weight.shape, weight.dtype, weight.device), []).append(name)
     found: Factors = {}
     whole = 0.0
-    rows = sum(len(tokens[targets[0].activation.name]) for tokens, _ in updates)
-    for (shape, dtype, _), same in alike.items():
+    for (rows, shape, dtype, _), same in alike.items():
         few = max(1, ENTRIES // max(rows * sum(shape), 1))
         for some in (same[i : i + few] for i in range(0, len(same), few)):
-            g = torch.stack([torch.cat([t[s.gradient.name].float() * scale for t, scale in updates]) for s in some])
-            a = torch.stack([torch.cat([t[s.activation.name].float() for t, _ in updates]) for s in some])
+            g = torch.stack([torch.cat([p.gradient.float() * scale for p, scale in parts[name]]) for name in some])
+            a = torch.stack([torch.cat([part.activation.float() for part, _ in parts[name]]) for name in some])
             whole += _norm_sq(zip(g, a, strict=True))
             pairs = zip(some, _truncated(g, a, rank, energy), strict=True)
-            found |= {target.name: (b.to(dtype), kept.to(dtype)) for target, (b, kept) in pairs}
-    factors = {target.name: found[target.name] for target in targets}
+            found |= {name: (b.to(dtype), kept.to(dtype)) for name, (b, kept) in pairs}
+    factors = {name: found[name] for name in parts}
     return factors, min(1.0, _norm_sq(factors.values()) / max(whole, 1e-300))
 
 

@@ -76,8 +76,9 @@ class Breaker:
     ) -> None:
         self._tape, self._targets, self._config = tape, targets, config
         self._loss_layers, self._retain = loss_layers, retain
+        self._sites = sites_of(targets)
         self._stream = SubspaceStream(
-            sites_of(targets),
+            self._sites,
             rank_activation=config.rank_activation,
             rank_gradient=config.rank_gradient,
             mode=config.mode,
@@ -128,7 +129,7 @@ class Breaker:
                 break
             loss, tokens = self.forget_tokens(i)
             with phase("collapse, moments"):
-                tokens = self._common.collapse_(tokens) if last else self._observed_and_collapsed(tokens)
+                tokens = self._common.collapse_(tokens, self._sites) if last else self._observed_and_collapsed(tokens)
             selective_step(self._targets, tokens, rate, *self._rounding(), loss=loss)
             del tokens  # most of what a step holds; it is not to be held in the next forward
             breaking.append(loss)
@@ -198,9 +199,9 @@ class Breaker:
     def _observed_and_collapsed(self, tokens: Tokens) -> Tokens:
         if self._config.statistics == "tokens":
             self._stream.observe(tokens)
-            return self._common.collapse_(tokens)
+            return self._common.collapse_(tokens, self._sites)
         self._observe(tokens)
-        return self._common.collapse_(tokens)
+        return self._common.collapse_(tokens, self._sites)
 
     def _solve(self) -> None:
         if self._steps:

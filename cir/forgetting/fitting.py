@@ -25,7 +25,8 @@ from cir.forgetting.questions import Questions, questions
 from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
 from cir.forgetting.update import fingerprint
 from cir.model.capture import AnswerCapture, Tokens, answering
-from cir.model.sites import Target, find_stack, sites_of, unwrapped
+from cir.model.finding import find_stack
+from cir.model.sites import Target, sites_of, unwrapped
 from cir.system.files import strict_json
 from cir.system.writing import write_file
 
@@ -155,21 +156,21 @@ def fitted(
         ridge_gradient=config.ridge_gradient,
         seed=config.seed,
     )
-    activations = {site.name for site in sites if site.kind == "activation"}
     of_facts = sum(len(part.at) for part in asked)
     of_text = 0 if rows is None else rows.numel()
 
     def observe(tokens: Tokens, activation: float, gradient: float) -> None:
         """Each with a weight, which counts as so many tokens do."""
-        for name in (site.name for site in sites if site.name in tokens):
-            x = tokens[name]
-            weight = activation if name in activations else gradient
-            if name in activations and weight == 1:
-                stream.observe({name: x})  # as it is: half the bytes of float32
+        for site in (site for site in sites if site.name in tokens):
+            x = tokens[site.name]
+            routes = {site.routes: tokens[site.routes]} if site.experts else {}
+            weight = activation if site.kind == "activation" else gradient
+            if site.kind == "activation" and weight == 1:
+                stream.observe({site.name: x, **routes})  # as it is: half the bytes of float32
             elif weight:
                 x = x.float()
-                norm = 1.0 if name in activations else x.norm(dim=1, keepdim=True).clamp_min(1e-30)
-                stream.observe({name: x * (weight**0.5 / norm)})
+                norm = 1.0 if site.kind == "activation" else x.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+                stream.observe({site.name: x * (weight**0.5 / norm), **routes})
 
     weight = GRADIENTS_EVERY * config.text_weight * of_facts / of_text if of_facts and of_text else 1.0
     chunks: list[tuple[Tensor, bool]] = []

@@ -20,7 +20,8 @@ from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, sign_step, sizes, snapshot
 from cir.model.capture import AnswerCapture, Tokens
 from cir.model.replay import Replays
-from cir.model.sites import Target, sites_of
+from cir.model.sites import Site, Target, names_of, sites_of
+from cir.model.taps import hit
 
 LEAST_FALL = 2.0
 """Nats by which an answer has to fall that was not likely to begin with."""
@@ -93,10 +94,10 @@ class Forgetter:
         self._random = random.Random(config.seed)
         device = targets[0].weight.device
         self._at_once = at_once = at_once or tokens_of_a_step(device)
-        self._weight = sum(float(t.weight.detach().double().norm()) ** 2 for t in targets) ** 0.5
+        self._weight = _norm([target.parameter for target in targets])
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
         self._spare: list[Tensor] | None = None
-        self._written, self._taught = ([site.name for site in sites_of(of)] for of in (targets, tape.mlps))
+        self._written, self._taught = (names_of(sites_of(of)) for of in (targets, tape.mlps))
         self._relearning = [RELEARNING_RATE * size for size in sizes(tape.mlps)]
         self._replays = replays or Replays().follow(tape.weights)
         self._steps_left = config.max_steps
@@ -254,7 +255,7 @@ class Forgetter:
         config = self._config
         with phase("collapse, dose"):
             sites = sites_of(self._targets)
-            collapsed = self._common.collapse_({site.name: rows.tokens[site.name].clone() for site in sites})
+            collapsed = self._common.collapse_({name: rows.tokens[name].clone() for name in names_of(sites)}, sites)
             scale = doses(
                 rows.owners,
                 _gram(self._targets, rows.tokens, collapsed),
@@ -296,7 +297,9 @@ def _gram(targets: Sequence[Target], left: Tokens, right: Tokens) -> Tensor:
     """(T, T) float64: the inner products of the rows' outer products, over all targets."""
     total: Any = 0
     device = targets[0].weight.device
-    grams = _grams({site.name for target in targets for site in (target.gradient, target.activation)}, left, right)
+    sites = sites_of(targets)
+    grams = _grams([site.name for site in sites if not site.experts], left, right)
+    grams |= {site.name: _gram_by_expert(site, left, right) for site in sites if site.experts}
     for target in targets:
         total = total + grams[target.gradient.name].to(device) * grams[target.activation.name].to(device)
     return total
@@ -316,16 +319,31 @@ def _grams(names: Collection[str], left: Tokens, right: Tokens) -> Tokens:
     return found
 
 
+def _gram_by_expert(site: Site, left: Tokens, right: Tokens) -> Tensor:
+    """(T, T) float64: of each two tokens the sum over the experts that both are routed to."""
+    routes = left[site.routes]
+    total = torch.zeros(len(routes), len(routes), dtype=torch.float64, device=routes.device)
+    for _, of, places in hit(routes, site.experts):
+        a, b = (rows[site.name].flatten(0, 1)[places].double() for rows in (left, right))
+        total.index_put_((of[:, None], of), a @ b.T, accumulate=True)
+    return total
+
+
 def _replaced(now: Rows, then: Rows, floors: Tensor, returned: float) -> tuple[Rows, Tensor, Tensor]:
     """Of each row the one that came back, where it did; whether it is not gone; and by how many nats."""
     returns = then.odds > returned
     tokens = {
-        name: torch.where(returns[:, None].to(rows.device), then.tokens[name], rows)
+        name: torch.where(returns.to(rows.device).view(-1, *[1] * (rows.ndim - 1)), then.tokens[name], rows)
         for name, rows in now.tokens.items()
     }
     left = now.odds - floors
     left = torch.where(returns, left.maximum(then.odds - returned), left)
     return replace(now, tokens=tokens), returns | (now.odds > floors), left
+
+
+@torch.no_grad()
+def _norm(weights: Sequence[Tensor]) -> float:
+    return sum(float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2 for weight in weights) ** 0.5
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -21,7 +21,8 @@ from cir.data.tokens import continuation, encode
 from cir.forgetting.questions import Questions, questions
 from cir.measures import mean_recall, recall
 from cir.model.capture import AnswerCapture, frozen
-from cir.model.sites import Stack, find_stack, is_linear, unwrapped
+from cir.model.finding import find_stack
+from cir.model.sites import Stack, is_linear, unwrapped
 
 KINDS = ("mlp", "attention")
 PLACES = ("subject", "last")
@@ -139,13 +140,15 @@ def _modules(stack: Stack) -> dict[tuple[str, int], nn.Module]:
         mixers = {
             name: child
             for name, child in layer.named_children()
-            if not mlp.linears & set(child.modules()) and any(map(is_linear, child.modules()))
+            if not mlp.inside & set(child.modules()) and any(map(is_linear, child.modules()))
         }
         if len(mixers) != 1:
             raise ValueError(
                 f"layer {number}: expected one module with linears beside the MLP, got {', '.join(mixers) or 'none'}"
             )
-        found["mlp", number] = mlp.down.linear
+        if mlp.module is None:
+            raise ValueError(f"layer {number}: expected one module that puts out all of its MLP, got two")
+        found["mlp", number] = mlp.module
         found["attention", number] = next(iter(mixers.values()))
     return found
 

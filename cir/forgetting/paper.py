@@ -15,8 +15,9 @@ from cir.forgetting.breaking import Breaker
 from cir.forgetting.memory import needed, settle
 from cir.forgetting.plan import Epoch, EpochLosses, Plan, Run
 from cir.model.capture import capture
+from cir.model.finding import find_stack
 from cir.model.offload import offloaded
-from cir.model.sites import find_stack, sites_of
+from cir.model.sites import Stack, Target, sites_of
 
 
 def plan_breaking(
@@ -36,6 +37,7 @@ def plan_breaking(
     stack = find_stack(model)
     layers = config.layers(len(stack.mlps))
     targets = stack.targets(config.last_updated(len(stack.mlps)))
+    _check_experts(stack, targets, layers, config)
     config.check_ranks(sites_of(targets))
     config.check_rounding(targets[0].weight.dtype)
     batches = fact_batches(tokenizer, facts, config, model.device)
@@ -72,3 +74,12 @@ def plan_breaking(
     updated = range(config.last_updated(len(stack.mlps)) + 1)
     epochs, rate = config.max_epochs, config.rate
     return Plan(targets, updated, disruption_rows, epochs, rate, steps, need.peak, waiting, opened)
+
+
+def _check_experts(stack: Stack, targets: Sequence[Target], layers: Sequence[int], config: BreakingConfig) -> None:
+    """That what is broken is all that a layer's MLP says, and that statistics are those of tokens."""
+    apart = [layer for layer in layers if stack.mlps[layer].module is None]
+    if apart:
+        raise ValueError(f"expected one module that puts out all of a layer's MLP, got two in layers {apart}")
+    if config.statistics != "tokens" and any(target.experts for target in targets):
+        raise ValueError(f"statistics: expected tokens for a mixture of experts, got {config.statistics!r}")

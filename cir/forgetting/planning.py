@@ -15,7 +15,8 @@ from cir.forgetting.fitting import GRADIENTS_EVERY
 from cir.forgetting.memory import ROOMY, STEP_ON_GPU, TOKENS_AT_ONCE, needed_to_forget, tokens_at_once
 from cir.forgetting.questions import PEERS
 from cir.forgetting.subspace import columns_at
-from cir.model.sites import find_stack, sites_of
+from cir.model.finding import find_stack
+from cir.model.sites import sites_of
 
 
 @dataclass(frozen=True)

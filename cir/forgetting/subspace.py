@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cir.config import MODES, rank_at
-from cir.model.sites import Site
+from cir.model.sites import Site, apart
+from cir.model.taps import hit
 from cir_kernels import Moments, accumulate_moments, collapse, new_moments, symmetric
 
 OVERSAMPLING = 32
@@ -194,10 +195,17 @@ class SiteSubspaces(Mapping[str, Subspace]):
         }
         return SiteSubspaces(moved, self.mode, self.fitted_on)
 
-    def collapse_(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Collapse rows (T, width), in place, at the sites that have a subspace; returns ``tokens``."""
-        for name in self.keys() & tokens.keys():
-            self[name].collapse_(tokens[name])
+    def collapse_(self, tokens: dict[str, Tensor], sites: Iterable[Site]) -> dict[str, Tensor]:
+        """Collapse rows (T, width), in place, at those of ``sites`` that have a subspace; returns ``tokens``."""
+        for site in sites:
+            if not site.experts:
+                if site.name in self:
+                    self[site.name].collapse_(tokens[site.name])
+                continue
+            rows = tokens[site.name].flatten(0, 1)
+            for number, _, places in hit(tokens[site.routes], site.experts):
+                if (own := site.of_expert(number).name) in self:
+                    rows[places] = self[own].collapse_(rows[places])
         return tokens
 
 
@@ -252,30 +260,34 @@ class SubspaceStream:
         self._components: dict[str, Tensor] = {}
 
     def observe(self, tokens: Mapping[str, Tensor]) -> None:
-        """Add rows (T, width) of each site named in ``tokens``."""
+        """Add rows (T, width) of each site named in ``tokens``, of each expert as of a site of its own."""
         for site in self._sites:
             if site.name in tokens:
-                accumulate_moments(self._moments_at(site, tokens[site.name]), tokens[site.name])
+                for name, rows in site.spread(tokens):
+                    accumulate_moments(self._moments_at(name, site, rows), rows)
 
     def solve(self) -> SiteSubspaces:
         """Turn what was observed into subspaces, and start the next stream empty and warm."""
         # The moments of a site are let go as its basis comes, the narrow ones first: what solves a wide one is most.
+        # An expert that nothing led to has nothing to spare.
         solved = {
-            site.name: common_subspace(
-                self._moments.pop(site.name), self._ranks[site], self._mode, self._ridges[site.kind]
+            one.name: common_subspace(
+                self._moments.pop(one.name), self._ranks[site], self._mode, self._ridges[site.kind]
             )
             for site in sorted(self._sites, key=lambda site: site.width)
+            for one in apart([site])
+            if one.name in self._moments or not site.experts
         }
         self._components = {name: subspace.basis for name, subspace in solved.items()}
         self._random = {}
         return SiteSubspaces(solved, self._mode)
 
-    def _moments_at(self, site: Site, rows: Tensor) -> Moments:
-        if site.name not in self._moments:
-            self._moments[site.name] = new_moments(site.width, self._omega(site, rows.device), rows.device)
-        return self._moments[site.name]
+    def _moments_at(self, name: str, site: Site, rows: Tensor) -> Moments:
+        if name not in self._moments:
+            self._moments[name] = new_moments(site.width, self._omega(name, site, rows.device), rows.device)
+        return self._moments[name]
 
-    def _omega(self, site: Site, device: torch.device) -> Tensor | None:
+    def _omega(self, name: str, site: Site, device: torch.device) -> Tensor | None:
         shape = (site.width, columns_at(site, self._ranks[site], self._exact))
         if shape[1] == site.width:
             return None
@@ -284,7 +296,7 @@ class SubspaceStream:
             drawn = torch.randn(shape, generator=self._generator) / site.width**0.5
             self._random[key] = drawn.to(device, torch.bfloat16)
         omega = self._random[key]
-        if site.name in self._components:
-            warm = self._components[site.name]
+        if name in self._components:
+            warm = self._components[name]
             omega = torch.cat([warm.to(omega), omega[:, warm.shape[1] :]], dim=1)
         return omega

@@ -35,7 +35,8 @@ from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import unknown_facts
 from cir.model.capture import answering
-from cir.model.sites import find_stack, unwrapped
+from cir.model.finding import find_stack
+from cir.model.sites import unwrapped
 from cir.system.signals import stop_on_signals
 
 logger = logging.getLogger(__name__)

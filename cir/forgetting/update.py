@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cir.measures import NonFiniteError
 from cir.model.capture import at_least_float32
 from cir.model.offload import free_memory
-from cir.model.sites import Target
+from cir.model.sites import Part, Target
 from cir_kernels import outer_norm_sq, outer_update_
 
 PHASE = "cir::"
@@ -125,14 +125,15 @@ def sign_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], lengths: 
         targets, tokens: as for :func:`selective_step`, rows as they are. lengths: scalars on the weights' devices.
         seed: of the rounding of 16-bit weights.
     """
-    for place, (target, length) in enumerate(zip(targets, lengths, strict=True)):
+    of = {target.name: length for target, length in zip(targets, lengths, strict=True)}
+    for target, part, number in _numbered(targets, tokens, seed):
         outer_update_(
-            target.weight,
-            tokens[target.gradient.name],
-            tokens[target.activation.name],
-            length,
+            part.weight,
+            part.gradient,
+            part.activation,
+            of[target.name],
             rounding="stochastic",  # to nearest, most of so small a step would be dropped from 16 bits
-            seed=seed * len(targets) + place,
+            seed=number,
             sign=True,
         )
 
@@ -199,9 +200,22 @@ def fingerprint_of(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _groups(targets: Sequence[Target], tokens: Mapping[str, Tensor]) -> list[tuple[list[Tensor], Tensor]]:
-    """The gradients of targets that read one site, beside what they read."""
-    by_site = groupby(targets, lambda target: target.activation.name)
-    return [([tokens[target.gradient.name] for target in group], tokens[name]) for name, group in by_site]
+    """The gradients of targets that read one site, beside what they read; of experts each alone."""
+    linears = groupby((target for target in targets if not target.experts), lambda target: target.activation.name)
+    found = [([tokens[target.gradient.name] for target in group], tokens[name]) for name, group in linears]
+    experts = (part for target in targets if target.experts for part in target.parts(tokens))
+    return [*found, *(([part.gradient], part.activation) for part in experts)]
+
+
+def _numbered(
+    targets: Sequence[Target], tokens: Mapping[str, Tensor], seed: int
+) -> Iterator[tuple[Target, Part, int]]:
+    """Every matrix that ``tokens`` change, with a seed of its own."""
+    count, place = sum(max(1, target.experts) for target in targets), 0
+    for target in targets:
+        for part in target.parts(tokens):
+            yield target, part, seed * count + place + part.number
+        place += max(1, target.experts)
 
 
 @torch.no_grad()
@@ -214,19 +228,11 @@ def add_outer(
     remainders: dict[str, Tensor] | None = None,
 ) -> None:
     """W <- W + scale * G^T A for each target, from the rows at its sites."""
-    for place, target in enumerate(targets):
-        weight, remainder = target.weight, None
+    for _, part, number in _numbered(targets, tokens, seed):
+        weight, remainder = part.weight, None
         how = rounding if weight.dtype.itemsize == 2 else "nearest"
         if how == "compensated" and remainders is not None:
-            if target.name not in remainders:
-                remainders[target.name] = torch.zeros_like(weight, dtype=torch.int16)
-            remainder = remainders[target.name]
-        outer_update_(
-            weight,
-            tokens[target.gradient.name],
-            tokens[target.activation.name],
-            scale,
-            rounding=how,
-            seed=seed * len(targets) + place,
-            remainder=remainder,
-        )
+            if part.name not in remainders:
+                remainders[part.name] = torch.zeros_like(weight, dtype=torch.int16)
+            remainder = remainders[part.name]
+        outer_update_(weight, part.gradient, part.activation, scale, rounding=how, seed=number, remainder=remainder)

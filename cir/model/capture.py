@@ -1,6 +1,6 @@
 """Forward and backward passes that hand over each linear's input and output gradient, and no weight gradient.
 
-This is the only file that touches autograd. All that is done to the model is undone when the context ends.
+This file and taps.py alone touch autograd. All that is done to the model is undone when the context ends.
 """
 
 from __future__ import annotations
@@ -8,37 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cir.data.tokens import Batch
 from cir.model.norms import fused_norms
+from cir.model.packing import packed_inputs
 from cir.model.sites import Site, Stack, Target
+from cir.model.taps import TappedLinear, run_experts
 
 Tokens = dict[str, Tensor]
-"""Rows (T, width) at each site, by site name."""
-
-
-class _TappedLinear(torch.autograd.Function):
-    """y = x W^T + b whose backward gives x its gradient, ``record`` dL/dy, and W nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tap: Tensor, target: Target, record: Callable[[Tensor], None]) -> Tensor:
-        ctx.save_for_backward(weight := target.weight)
-        ctx.record = record
-        return F.linear(x, weight, target.bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (weight,) = ctx.saved_tensors
-        (grad,) = grads
-        ctx.record(grad)
-        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
+"""Rows (T, width) at each site, by site name; of experts (T, k, width), and by the name of their routes which (T, k).
+"""
 
 
 @dataclass
@@ -46,13 +29,15 @@ class Hidden:
     """What a trimmed forward leaves.
 
     Attributes:
-        places: (N,) of the batch's real tokens in the flattened forward. counted: of those that are counted.
+        places: (N,) of the batch's real tokens in the flattened forward, of ``size`` tokens. counted: of those that
+            are counted.
         outputs: flattened output of each layer's MLP, by layer. last: of the last layer run.
         tokens: rows of the counted tokens at every activation site; :meth:`Capture.backward` adds the gradient sites.
         observe: given those of each site as they come; none of them are kept then.
     """
 
     places: Tensor
+    size: int
     counted: Tensor
     outputs: dict[int, Tensor]
     last: Tensor
@@ -86,19 +71,20 @@ class Capture:
         """
         stack, layers = self._stack, self._stack.layers
         inputs, places = packed_inputs(stack, batch)
-        hidden = Hidden(places, places[mask], {}, places, {}, observe)
+        hidden = Hidden(places, inputs["input_ids"].numel(), places[mask], {}, places, {}, observe)
 
         def keep_mlp(layer: int) -> Callable[..., None]:
-            return lambda module, args, output: hidden.outputs.update({layer: output.flatten(0, -2)})
+            return lambda module, args, output: hidden.outputs.update({layer: _first(output).flatten(0, -2)})
 
         def keep_last(module: nn.Module, args: Any, output: Any) -> None:
-            hidden.last = _one_stream(output[0] if isinstance(output, tuple | list) else output).flatten(0, -2)
+            hidden.last = _one_stream(_first(output)).flatten(0, -2)
 
         with ExitStack() as undo:
             undo.callback(setattr, stack.decoder, stack.attribute, layers)
             setattr(stack.decoder, stack.attribute, layers[: self._last_layer + 1])
             for layer, mlp in enumerate(stack.mlps[: self._last_layer + 1]):
-                undo.callback(mlp.down.linear.register_forward_hook(keep_mlp(layer)).remove)
+                if mlp.module is not None:
+                    undo.callback(mlp.module.register_forward_hook(keep_mlp(layer)).remove)
             undo.callback(layers[self._last_layer].register_forward_hook(keep_last).remove)
             undo.enter_context(self._recording(hidden))
             stack.decoder(**inputs, use_cache=False)
@@ -125,9 +111,11 @@ class Capture:
         hidden = self._current
         if hidden is None or site.name in hidden.tokens:
             return
-        rows = rows.detach().flatten(0, -2).index_select(0, hidden.counted.to(rows.device))
+        rows = rows.detach() if site.experts else rows.detach().flatten(0, -2)
+        rows = rows.index_select(0, hidden.counted.to(rows.device))
         if hidden.observe is not None:
-            hidden.observe({site.name: rows})
+            routes = {site.routes: hidden.tokens[site.routes]} if site.experts else {}
+            hidden.observe({site.name: rows, **routes})
             rows = rows[:0].clone()  # seen; linears that read one site share it
         hidden.tokens[site.name] = rows
 
@@ -139,9 +127,37 @@ class Capture:
 
         def forward(x: Tensor) -> Tensor:
             self._record(target.activation, x)
-            return _TappedLinear.apply(x, self._tap, target, record)
+            return TappedLinear.apply(x, self._tap, target.weight, target.bias, record)
 
         return forward
+
+    def _tapped_experts(self, experts: nn.Module, targets: Sequence[Target]) -> Callable[..., Tensor]:
+        """The same of a module of experts, of which some or all are ``targets``."""
+        sites = {tap: site for target in targets for tap, site in zip(taps_of(target), target.sites, strict=True)}
+        routes = next(site.routes for site in sites.values() if site.experts)
+
+        def record(tap: str, rows: Tensor) -> None:
+            hidden = self._current
+            if hidden is None:
+                return
+            if len(rows) != hidden.size:
+                raise ValueError(
+                    f"{routes}: expected experts that are given all {hidden.size} tokens, got {len(rows)}"
+                )
+            if tap == "routes":
+                hidden.tokens.setdefault(routes, rows.index_select(0, hidden.counted.to(rows.device)))
+            elif tap in sites:
+                self._record(sites[tap], rows)
+
+        def forward(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            return run_experts(experts, x, top_k_index, top_k_weights, self._tap, record)
+
+        return forward
+
+
+def taps_of(target: Target) -> tuple[str, str]:
+    """What :func:`run_experts` calls the sites of experts."""
+    return ("down.in", "down.out") if target.activation.experts else ("in", "up.out")
 
 
 @dataclass
@@ -226,7 +242,7 @@ class AnswerCapture(Capture):
         kept unless ``keep`` is False. The LM head is run on these alone.
         """
         counted = below.places[at]
-        hidden = Hidden(below.places, counted, {}, counted, {})
+        hidden = Hidden(below.places, below.inputs["input_ids"].numel(), counted, {}, counted, {})
         lower = below.hidden if below.beside is None else (below.hidden, *below.beside)
 
         def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -258,6 +274,10 @@ class AnswerCapture(Capture):
         return tokens
 
 
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
 def _one_stream(hidden: Tensor) -> Tensor:
     if hidden.ndim != 3:
         raise ValueError(
@@ -270,60 +290,6 @@ def _one_stream(hidden: Tensor) -> Tensor:
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in float32, or in float64 where it is."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-    """What the decoder is to run, and the places (N,) of the batch's real tokens in its flattened output."""
-    attention = _attention_of(stack.decoder)
-    if "flash" in attention:  # drops the padding by itself
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        return inputs, batch.attention_mask.flatten().nonzero().squeeze(1)
-    # Padding would be a third of short sentences; packed, positions that restart keep them apart in attention.
-    if keeps_apart(stack.decoder):
-        input_ids, position_ids, places = batch.packed
-        return {"input_ids": input_ids, "position_ids": position_ids}, places
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
-    return inputs, batch.attention_mask.flatten().nonzero().squeeze(1)
-
-
-def _attention_of(decoder: nn.Module) -> str:
-    return str(getattr(getattr(decoder, "config", None), "_attn_implementation", ""))
-
-
-_APART: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def keeps_apart(decoder: nn.Module) -> bool:
-    """Whether what ``decoder`` says of a sentence is the same to the bit whatever sentence is packed before it: not
-    so where layers are recurrent or convolve, which do not look at positions. Run once, on tokens of no meaning.
-    """
-    if "position_ids" not in signature(decoder.forward).parameters:
-        return False
-    known, attention = _APART.setdefault(decoder, {}), _attention_of(decoder)
-    if attention not in known:
-        embedding = cast(nn.Embedding, decoder.get_input_embeddings())  # type: ignore[operator]
-        first, second = torch.arange(16), torch.arange(8)
-        position_ids = torch.cat([first, second])[None].to(embedding.weight.device)
-        said: list[list[Tensor]] = []
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            # Of every module, as what little seeps through may be lost to rounding where residuals are added.
-            rows = output[0] if isinstance(output, tuple | list) and output else output
-            if isinstance(rows, Tensor) and rows.shape[:2] == position_ids.shape:
-                said[-1].append(rows[0, 16:18])
-
-        with ExitStack() as undo:
-            for module in decoder.modules():
-                undo.callback(setattr, module, "training", module.training)
-                undo.callback(module.register_forward_hook(keep).remove)
-            decoder.eval()  # no dropout
-            for before in (first, first.flip(0) + 7):
-                said.append([])
-                ids = (torch.cat([before, second]) % embedding.num_embeddings)[None].to(position_ids.device)
-                said[-1].append(decoder(input_ids=ids, position_ids=position_ids, use_cache=False)[0][0, 16:])
-        known[attention] = all(map(torch.equal, *said))
-    return known[attention]
 
 
 @contextmanager
@@ -381,10 +347,14 @@ def answering(model: nn.Module, stack: Stack, first_layer: int) -> Iterator[Answ
 def _tapping(model: nn.Module, tape: Capture, targets: Sequence[Target]) -> Iterator[None]:
     with ExitStack() as undo:
         undo.enter_context(frozen(model))
+        of_module: dict[nn.Module, list[Target]] = {}
         for target in targets:
-            if getattr(target.linear.__dict__.get("forward"), "__module__", None) == __name__:
-                raise RuntimeError(f"{target.gradient.name}: already captured by another engine")
-            _replace_forward(undo, target.linear, tape._tapped(target))
+            of_module.setdefault(target.linear, []).append(target)
+        for module, own in of_module.items():
+            if getattr(module.__dict__.get("forward"), "__module__", None) == __name__:
+                raise RuntimeError(f"{own[0].gradient.name}: already captured by another engine")
+            experts = own[0].experts
+            _replace_forward(undo, module, tape._tapped_experts(module, own) if experts else tape._tapped(own[0]))
         for norm, forward in fused_norms(model):
             _replace_forward(undo, norm, forward)
         yield

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
+from cir.model.finding import find_stack
 from cir.model.offload import free_memory, offloaded
-from cir.model.sites import find_stack
+from cir.model.sites import Target
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -179,8 +180,8 @@ def demo_model() -> str:
     return str(files[0]) if files else HUB_DEMO_MODEL
 
 
-def saved_weights(folder: Path, names: Sequence[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of the linears ``names`` in a checkpoint's safetensors files, read one at a time.
+def saved_weights(folder: Path, targets: Sequence[Target], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of ``targets``, by their names, in a checkpoint's safetensors files, read one at a time.
 
     Where transformers saves them under other names, as of models of several kinds of input, all are loaded again.
     """
@@ -191,16 +192,18 @@ def saved_weights(folder: Path, names: Sequence[str], dtype: torch.dtype) -> Ite
         for path in sorted(folder.glob("*.safetensors")):
             file = stack.enter_context(safe_open(path, "pt"))
             where.update(dict.fromkeys(file.keys(), file))
-        if any(f"{name}.weight" not in where for name in names):
-            yield from _loaded_weights(folder, names, dtype)
+        if any(target.parameter_name not in where for target in targets):
+            yield from _loaded_weights(folder, targets, dtype)
             return
-        for name in names:
-            yield name, where[f"{name}.weight"].get_tensor(f"{name}.weight")
+        for target in targets:
+            yield target.name, where[target.parameter_name].get_tensor(target.parameter_name)
 
 
-def _loaded_weights(folder: Path, names: Sequence[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _loaded_weights(
+    folder: Path, targets: Sequence[Target], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    for name in names:
-        yield name, model.get_submodule(name).weight.detach()
+    for target in targets:
+        yield target.name, model.get_parameter(target.parameter_name).detach()

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from cir.data.facts import Fact, Probe, check_apart, load_facts
 from cir.data.tokens import continuation, pad
 from cir.measures import Estimate, estimate, extracted, recall
-from cir.model.sites import find_stack, is_linear, matrix_of
+from cir.model.finding import find_stack
+from cir.model.sites import is_linear, matrix_of
 from cir.system.checks import check_number
 
 SHOTS = 4
@@ -99,7 +100,9 @@ def quantized(model: Any, bits: int) -> Iterator[None]:
 
     A row whose length 64 does not divide is one group.
     """
-    weights = [matrix_of(m) for m in find_stack(model).decoder.modules() if is_linear(m)]
+    stack = find_stack(model)
+    weights = [matrix_of(m) for m in stack.decoder.modules() if is_linear(m)]
+    weights += [matrix for t in stack.targets(len(stack.mlps) - 1) if t.experts for matrix in t.weight]
     with _changed(weights):
         for weight in weights:
             size = QUANTIZED_GROUP if weight.shape[1] % QUANTIZED_GROUP == 0 else weight.shape[1]

@@ -30,7 +30,7 @@ from cir.measures import (
     token_losses,
     unknown_facts,
 )
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from cir.proof.attacks import attack
 from cir.proof.page import page
 from cir.proof.relearning import worst_relearning
@@ -183,7 +183,7 @@ class Witness:
         self._hash, self._before = weights_hash(model), self._examiner.examine()
         stack = find_stack(model)
         targets = stack.targets(len(stack.mlps) - 1)
-        names = [f"{target.name}.weight" for target in targets]
+        names = [target.parameter_name for target in targets]
         self._original = dict(zip(names, snapshot(targets), strict=True))
 
     def certificate(self, method: Mapping[str, Any], thresholds: Thresholds | None = None) -> Certificate:

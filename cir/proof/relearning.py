@@ -17,8 +17,10 @@ from cir.data.facts import load_facts
 from cir.data.tokens import Batch, sentence_batches
 from cir.forgetting.update import NonFiniteError, restore, snapshot
 from cir.measures import Estimate, estimate, recall
-from cir.model.capture import frozen, packed_inputs
-from cir.model.sites import Stack, Target, find_stack, unwrapped
+from cir.model.capture import frozen
+from cir.model.finding import find_stack
+from cir.model.packing import packed_inputs
+from cir.model.sites import Stack, Target, unwrapped
 from cir.system.checks import check_number
 
 OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}

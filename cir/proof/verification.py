@@ -13,7 +13,7 @@ import torch
 from cir.data.sampling import spread
 from cir.data.tokens import windows
 from cir.measures import WINDOW, unknown_facts
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from cir.proof.certificate import PAGE, SIGNATURE, Certificate, Evidence, Examiner, hashed_files, page, weights_hash
 from cir.proof.relearning import RELEARNINGS
 from cir.proof.verdict import Thresholds
@@ -241,4 +241,4 @@ def _agree(name: str, stated: float, found: float) -> bool:
 
 def _weights(original: Any) -> dict[str, Any]:
     stack = find_stack(original)
-    return {f"{t.name}.weight": t.parameter.detach() for t in stack.targets(len(stack.mlps) - 1)}
+    return {t.parameter_name: t.parameter.detach() for t in stack.targets(len(stack.mlps) - 1)}

@@ -6,7 +6,7 @@ import torch
 import cir
 from bench.rounding import Rounded
 from cir.forgetting.update import add_outer, restore, snapshot
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama
 
 

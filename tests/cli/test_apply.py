@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cir.forgetting.update import fingerprint
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.cli.conftest import run
 from tests.editing.test_history import an_edit as made
 

@@ -13,7 +13,7 @@ from cir import cli
 from cir.config import BreakingConfig
 from cir.forgetting.update import fingerprint
 from cir.model import checkpoints
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from cir_kernels import ROUNDINGS
 from tests.cli.conftest import run
 from tests.tiny import facts, tiny_llama, word_tokenizer

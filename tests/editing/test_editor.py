@@ -15,7 +15,7 @@ from cir.editing.looks import Looks
 from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.update import NonFiniteError, snapshot
 from cir.measures import recall, text_loss
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
 
 FACTS = load_facts(facts(12))

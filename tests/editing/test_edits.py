@@ -9,7 +9,7 @@ from cir import CIRConfig, Edit, EditConfig, Editor, Subspaces
 from cir.data.facts import load_facts
 from cir.editing.edits import add_factors, factorise
 from cir.forgetting.update import fingerprint, snapshot
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
 
 FACTS = load_facts(facts(12))

@@ -16,7 +16,7 @@ from cir import CIRConfig, EditConfig, Editor, Subspaces
 from cir.data.facts import load_facts
 from cir.editing import editor, history, journal, turns
 from cir.forgetting.update import snapshot
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from cir.system import signals
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
 

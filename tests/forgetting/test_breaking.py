@@ -16,7 +16,7 @@ from cir.forgetting.breaking import Breaker
 from cir.forgetting.subspace import SubspaceStream
 from cir.forgetting.update import selective_step, snapshot
 from cir.model.capture import Capture, capture
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.tiny import TEXT, facts, tiny_llama
 
 CONFIG = BreakingConfig(

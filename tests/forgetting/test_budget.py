@@ -12,7 +12,7 @@ from cir.forgetting.budget import is_inside, retreat, share_inside
 from cir.forgetting.report import Measure
 from cir.forgetting.update import restore, snapshot
 from cir.measures import text_loss
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.forgetting.test_paper import change, run
 from tests.tiny import TEXT, facts
 

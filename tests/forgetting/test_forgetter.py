@@ -18,7 +18,7 @@ from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, restore, sign_step, sizes, snapshot
 from cir.measures import recall
 from cir.model.capture import answering
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests import oracle
 from tests.tiny import deepened, facts, knowing_llama, tiny_llama, word_tokenizer
 

@@ -13,7 +13,8 @@ from cir.forgetting.breaking import Breaker
 from cir.forgetting.memory import Need, needed, needed_to_forget, settle
 from cir.forgetting.subspace import SubspaceStream
 from cir.model.capture import capture
-from cir.model.sites import find_stack, sites_of
+from cir.model.finding import find_stack
+from cir.model.sites import sites_of
 from tests.forgetting.test_breaking import CONFIG
 from tests.tiny import TEXT, facts, tiny_llama, word_tokenizer
 

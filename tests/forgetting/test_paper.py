@@ -14,7 +14,7 @@ import torch
 import cir
 from cir.config import BreakingConfig, CIRConfig
 from cir.forgetting.update import NonFiniteError, restore, snapshot
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama
 
 CONFIG = BreakingConfig(

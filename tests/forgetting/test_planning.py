@@ -12,7 +12,7 @@ from bench import step
 from cir.cli.parser import GPUS as NAMES
 from cir.forgetting.memory import needed_to_forget
 from cir.forgetting.planning import GPUS, plan
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.tiny import TEXT, tiny_llama
 
 LLAMA = LlamaConfig(**step.LLAMA_8B, dtype=torch.bfloat16)

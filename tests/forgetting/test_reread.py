@@ -10,7 +10,7 @@ from cir.forgetting.questions import Probed, ask, joined, questions, sentences
 from cir.forgetting.reread import Reread
 from cir.measures import recall, token_losses
 from cir.model.capture import answering
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.model.test_sites import build
 from tests.tiny import facts, knowing_llama, word_tokenizer
 

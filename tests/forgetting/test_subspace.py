@@ -174,7 +174,7 @@ def test_weight_gradient_rows_have_the_moments_of_the_weight_gradients(shared):
     sites = [Site("a", 7, "activation"), Site("g", 5, "gradient"), Site("u", 6, "gradient")]
     tokens = {site.name: torch.randn(9, site.width, generator=generator) for site in sites}
     linear = torch.nn.Linear(1, 1)
-    targets = [Target(linear, sites[0], site) for site in sites[1 : 3 if shared else 2]]
+    targets = [Target(linear, sites[0], site, "linear.weight") for site in sites[1 : 3 if shared else 2]]
     rows = weight_gradient_rows(targets, tokens)
     gradients = {t.gradient.name: tokens[t.gradient.name].double().T @ tokens["a"].double() for t in targets}
     assert rows.keys() == {"a", *gradients}

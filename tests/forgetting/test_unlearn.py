@@ -21,7 +21,7 @@ from cir.data.facts import load_facts
 from cir.data.shipped import builtin_contrast
 from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.update import NonFiniteError
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.forgetting.test_breaking import CONFIG as PAPER
 from tests.model.test_sites import build
 from tests.tiny import TEXT, deepened, facts, knowing_llama, tiny_llama, word_tokenizer

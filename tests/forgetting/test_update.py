@@ -10,7 +10,8 @@ from cir.forgetting.batches import fact_batches
 from cir.forgetting.breaking import Breaker
 from cir.forgetting.update import NonFiniteError, plain_step, restore, selective_step, sign_step, sizes, snapshot
 from cir.model.capture import capture
-from cir.model.sites import find_stack, sites_of
+from cir.model.finding import find_stack
+from cir.model.sites import sites_of
 from tests import oracle
 from tests.tiny import facts, tiny_llama
 

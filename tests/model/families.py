@@ -21,7 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from cir.data.tokens import pad
 from cir.model.capture import answering, capture
-from cir.model.sites import Target, find_stack
+from cir.model.finding import find_stack
+from cir.model.sites import Target
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "families.md"
@@ -121,58 +122,87 @@ def difference(model: Any) -> float:
     batch, first, last = pad(SENTENCES), 1, len(stack.mlps) - 2
     starts = [sum(map(len, SENTENCES[:number])) for number in range(len(SENTENCES))]
     at, answers = torch.tensor([starts[sentence] + place for sentence, place in ASKED]), torch.tensor(ANSWERS)
+    every = torch.arange(sum(map(len, SENTENCES)))
     with answering(model, stack, first) as tape:
-        logits, hidden = tape.predict(tape.below(batch), at)
-        loss = logits.float().log_softmax(-1)[torch.arange(len(answers)), answers].sum()
+        logits, hidden = tape.predict(tape.below(batch), every)
+        loss = logits[at].float().log_softmax(-1)[torch.arange(len(answers)), answers].sum()
         asked = dict(tape.backward(loss, hidden))
-    with capture(model, stack, last) as tape:
-        hidden = tape.forward(batch, torch.arange(sum(map(len, SENTENCES))))
-        broken = tape.backward((hidden.mlp_outputs((last,))[last].float() ** 2).sum(), hidden)
+    broken: dict[str, Tensor] | None = None
+    if stack.mlps[last].module is not None:
+        with capture(model, stack, last) as tape:
+            hidden = tape.forward(batch, every)
+            broken = tape.backward((hidden.mlp_outputs((last,))[last].float() ** 2).sum(), hidden)
 
     def of_answers(number: int, out: Tensor, kept: Kept) -> Tensor:
         places = [(place, ANSWERS[n]) for n, (of, place) in enumerate(ASKED) if of == number]
         return torch.stack([out[place].float().log_softmax(-1)[answer] for place, answer in places]).sum()
 
     def of_mlp(number: int, out: Tensor, kept: Kept) -> Tensor:
-        return (kept[stack.mlps[last].down.name][1].float() ** 2).sum()
+        return (kept[MLP][1].float() ** 2).sum()
 
     written = stack.writers(first)
-    every = [*written, *(t for mlp in stack.mlps[first:] for t in mlp.targets if t not in written)]
-    said, alone = _by_autograd(model, every, of_answers)
-    pairs = [(said[at], logits.detach()), *((alone[name][at], rows) for name, rows in asked.items())]
-    _, alone = _by_autograd(model, stack.targets(last), of_mlp)
-    pairs += [(alone[name], rows) for name, rows in broken.items()]
+    targets = [*written, *(t for mlp in stack.mlps[first:] for t in mlp.targets if t not in written)]
+    said, alone = _by_autograd(model, targets, None, of_answers)
+    pairs = [(said, logits.detach()), *_compared(targets, alone, asked)]
+    if broken is not None:
+        _, alone = _by_autograd(model, stack.targets(last), stack.mlps[last].module, of_mlp)
+        pairs += _compared(stack.targets(last), alone, broken)
     return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
 
 Kept = dict[str, tuple[Tensor, Tensor]]
-"""Of each linear what it read and put out."""
+"""Of each linear what it read and put out; and of the MLP whose outputs are broken."""
+MLP = "the MLP"
+
+
+def _compared(targets: Sequence[Target], alone: dict[str, Tensor], rows: dict[str, Tensor]) -> Pairs:
+    """What is to be the same: the rows of each site, and of experts the gradient of all their weights."""
+    found = []
+    for target in targets:
+        if not target.experts:
+            found += [(alone[site.name], rows[site.name]) for site in target.sites]
+            continue
+        whole = torch.zeros_like(target.weight)
+        for part in target.parts(rows):
+            whole[part.number] = part.gradient.T @ part.activation
+        found.append((alone[target.name], whole if target.parameter.shape == whole.shape else whole.mT))
+    return found
+
+
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 def _by_autograd(
-    model: Any, targets: Sequence[Target], loss_of: Callable[[int, Tensor, Kept], Tensor]
+    model: Any, targets: Sequence[Target], mlp: Any, loss_of: Callable[[int, Tensor, Kept], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of each sentence alone, and the rows of each site, by plain hooks."""
+    """Logits of each sentence alone, and the rows of each site, by plain hooks; of experts the weights' gradient."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    said, rows = [], defaultdict(list)
+    said, rows, summed = [], defaultdict(list), dict[str, Tensor]()
+    linears, experts = ([t for t in targets if bool(t.experts) == kind] for kind in (False, True))
     for number, sentence in enumerate(SENTENCES):
         kept: Kept = {}
-        hooks = [target.linear.register_forward_hook(_keeping(kept, target.name)) for target in targets]
+        hooks = [target.linear.register_forward_hook(_keeping(kept, target.name)) for target in linears]
+        hooks += [mlp.register_forward_hook(_keeping(kept, MLP))] if mlp is not None else []
         out = model(input_ids=torch.tensor([sentence]), use_cache=False).logits[0]
         for hook in hooks:
             hook.remove()
-        grads = torch.autograd.grad(loss_of(number, out, kept), [kept[target.name][1] for target in targets])
+        wanted = [*(kept[target.name][1] for target in linears), *(target.parameter for target in experts)]
+        grads = torch.autograd.grad(loss_of(number, out, kept), wanted, allow_unused=bool(experts))
         said.append(out.detach())
-        for target, grad in zip(targets, grads, strict=True):
+        for target, grad in zip(linears, grads, strict=False):
             rows[target.gradient.name].append(grad.flatten(0, -2))
             if len(rows[target.activation.name]) == number:
                 rows[target.activation.name].append(kept[target.name][0].detach().flatten(0, -2))
-    return torch.cat(said), {name: torch.cat(parts) for name, parts in rows.items()}
+        for target, grad in zip(experts, grads[len(linears) :], strict=True):
+            summed[target.name] = summed.get(target.name, 0) + (torch.zeros(()) if grad is None else grad)
+    return torch.cat(said), {**{name: torch.cat(parts) for name, parts in rows.items()}, **summed}
 
 
 def _keeping(kept: Kept, name: str) -> Callable[[Any, Any, Any], None]:
-    return lambda module, args, output: kept.update({name: (args[0], output)})
+    return lambda module, args, output: kept.update(
+        {name: (args[0] if args else torch.empty(0), output[0] if isinstance(output, tuple) else output)}
+    )
 
 
 def outcome(family: str) -> str:

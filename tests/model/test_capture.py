@@ -6,8 +6,10 @@ from transformers import CONFIG_MAPPING
 
 from cir.data.tokens import pad
 from cir.forgetting.objectives import mlp_breaking, original_output
-from cir.model.capture import answering, capture, keeps_apart, packed_inputs
-from cir.model.sites import find_stack, sites_of
+from cir.model.capture import answering, capture
+from cir.model.finding import find_stack
+from cir.model.packing import keeps_apart, packed_inputs
+from cir.model.sites import sites_of
 from cir.proof.relearning import sentence_loss
 from tests.model.test_sites import build
 

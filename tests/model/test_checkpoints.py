@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, PreTrainedTokenizerFast, T5Config
 
 from cir.model.checkpoints import load_model, saved_weights, weights_of
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from tests.tiny import tiny_llama, word_tokenizer
 
 
@@ -133,7 +133,7 @@ def test_weights_saved_under_other_names_are_read_back(tmp_path):
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
     targets = find_stack(model).targets(0)
-    found = dict(saved_weights(tmp_path, [target.name for target in targets], torch.float32))
+    found = dict(saved_weights(tmp_path, targets, torch.float32))
     assert f"{targets[0].name}.weight" not in load_file(tmp_path / "model.safetensors")
     for target in targets:
         assert torch.equal(found[target.name], target.linear.weight)

@@ -14,7 +14,7 @@ from cir.data.tokens import pad
 from cir.forgetting.update import snapshot
 from cir.measures import mean_recall, recall
 from cir.model.capture import capture
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from cir.proof.attacks import quantized
 from tests.model.families import FAMILIES, SMALL, TABLE, outcome
 from tests.tiny import TEXT, VOCABULARY, facts, taught, tiny_llama, word_tokenizer

@@ -12,8 +12,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 from cir.data.tokens import pad
 from cir.model import norms
 from cir.model.capture import answering
+from cir.model.finding import find_stack
 from cir.model.norms import fused_norms, is_rms_norm
-from cir.model.sites import find_stack
 
 BATCH = pad([[1, 5, 9, 20, 7], [1, 30, 2, 11]])
 

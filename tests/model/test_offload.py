@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cir.model.finding import find_stack
 from cir.model.offload import _visiting, free_memory, offloaded, upper_modules
-from cir.model.sites import find_stack
 
 CPU = torch.device("cpu")
 LAST = 2

@@ -10,7 +10,7 @@ import torch
 from cir.data.facts import load_facts
 from cir.data.tokens import sentence_batches
 from cir.measures import recall
-from cir.model.sites import find_stack
+from cir.model.finding import find_stack
 from cir.proof.attacks import _at_prompt_ends, attack, few_shot, linear_probe, pruned, quantized
 from cir.proof.relearning import RELEARNINGS, STRONG, Relearning, relearn, sentence_loss, worst_relearning
 from tests.tiny import facts, knowing_llama, word_tokenizer

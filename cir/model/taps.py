@@ -1,0 +1,164 @@
+"""Linears and experts whose weights get no gradient, but who tell what they read and what gradient came back.
+
+Experts are those of one module with a stack of matrices, as transformers has them: y_t = sum_e w_te W_e h_te over the
+experts e that token t is routed to, with h_te the gated W'_e x_t. W_e has the gradient sum_t g_t (w_te h_te)^T with
+g_t that of y_t, and W'_e one of its own for each t and e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Record = Callable[[Tensor], object]
+TRAITS = ("is_transposed", "has_bias", "has_gate", "_apply_gate")
+"""What a module of experts says of itself in transformers."""
+
+
+class TappedLinear(torch.autograd.Function):
+    """y = x W^T + b whose backward gives x its gradient, ``record`` dL/dy, and W nothing. ``tap``: a scalar that
+    requires gradient, so that y does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tap: Tensor, weight: Tensor, bias: Tensor | None, record: Record) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.record = record
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        (grad,) = grads
+        ctx.record(grad)
+        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+class _Tapped(torch.autograd.Function):
+    """x, whose gradient ``record`` is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tap: Tensor, record: Record) -> Tensor:
+        ctx.record = record
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.record(grads[0])
+        return grads[0], None, None
+
+
+class _ByExpert(torch.autograd.Function):
+    """Rows x (S, D_in), sorted by expert, times the matrix of each (E, D_out, D_in), which gets no gradient; those
+    beyond the last of ``ends`` (E,), int32, are of none, and become 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tap: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, ends)
+        return _multiplied(x, weight.mT, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, ends = ctx.saved_tensors
+        return _multiplied(grads[0], weight, ends), None, None, None
+
+
+def _multiplied(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """(S, N): rows (S, K), sorted, times the one of ``matrices`` (E, K, N) that ``ends`` says."""
+    if x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        found = F.grouped_mm(x, matrices, offs=ends)
+        return found.masked_fill(torch.arange(len(x), device=x.device)[:, None] >= ends[-1], 0)
+    found, start = x.new_zeros(len(x), matrices.shape[2]), 0
+    for number, end in enumerate(ends.tolist()):
+        if end > start:
+            torch.mm(x[start:end], matrices[number], out=found[start:end])
+        start = end
+    return found
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it is a stack of experts that :func:`run_experts` can run."""
+    weights = [module._parameters.get(name) for name in (readers_of(module), "down_proj")]
+    return (
+        all(hasattr(module, trait) for trait in TRAITS)
+        and all(weight is not None and weight.ndim == 3 for weight in weights)
+        and not getattr(module, "has_post_expert_norm", False)
+        and not getattr(module, "_is_expert_parallel", False)
+    )
+
+
+def readers_of(experts: nn.Module) -> str:
+    """The name of the parameter that reads what experts are given."""
+    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+
+
+def matrices_of(experts: nn.Module, name: str) -> Tensor:
+    """Its weights of that name as (E, D_out, D_in), a view where they are kept otherwise."""
+    weight: Tensor = getattr(experts, name)
+    return weight.mT if experts.is_transposed else weight
+
+
+def run_experts(
+    experts: nn.Module,
+    x: Tensor,
+    routes: Tensor,
+    shares: Tensor,
+    tap: Tensor | None = None,
+    record: Callable[[str, Tensor], object] = lambda name, rows: None,
+) -> Tensor:
+    """What a module of experts puts out.
+
+    Args:
+        x: (N, D). routes: (N, k) the experts of each row; numbers that there are not are of none. shares: (N, k), by
+            which what they say is multiplied.
+        tap: as of :class:`TappedLinear`.
+        record: told, in the forward, ``"routes"`` and what is read, ``"in"`` (N, D) and ``"down.in"`` (N, k, F), the
+            latter times ``shares``; in the backward the gradients ``"down.out"`` (N, D) and ``"up.out"`` (N, k, F).
+    """
+    tap = x.new_zeros(()) if tap is None else tap
+    down = matrices_of(experts, "down_proj")
+    number, width = down.shape[:2]
+    flat, count = routes.flatten(), routes.shape[1]
+    order = flat.argsort(stable=True)
+    sorted_routes = flat[order]
+    ends = torch.searchsorted(sorted_routes, torch.arange(number, device=x.device), right=True).int()
+    bias_of = sorted_routes.clamp_max(number - 1)
+
+    def biased(rows: Tensor, name: str) -> Tensor:
+        return rows + getattr(experts, f"{name}_bias")[bias_of] if experts.has_bias else rows
+
+    def unsorted(rows: Tensor) -> Tensor:
+        """(N, k, ...) in the order of the tokens."""
+        return torch.empty_like(rows).index_copy_(0, order, rows).view(*routes.shape, rows.shape[-1])
+
+    record("routes", routes)
+    record("in", x)
+    reader = readers_of(experts)
+    up = _ByExpert.apply(x[order // count], tap, matrices_of(experts, reader), ends)
+    up = biased(_Tapped.apply(up, tap, lambda grad: record("up.out", unsorted(grad))), reader)
+    gate: Callable[[Tensor], Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn  # type: ignore[assignment]
+    inner = gate(up)
+    share = torch.where(sorted_routes < number, shares.flatten()[order], 0)[:, None]
+    record("down.in", unsorted((inner.detach() * share.detach()).to(x.dtype)))
+    told = biased(_ByExpert.apply(inner.to(x.dtype), tap, down, ends), "down_proj") * share
+    whole = x.new_zeros(len(x), width).index_add(0, order // count, told.to(x.dtype))
+    return _Tapped.apply(whole, tap, lambda grad: record("down.out", grad))
+
+
+def hit(routes: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each of so many experts that some of ``routes`` (T, k) lead to: its number, and the places (n,) of its rows
+    among T, and among T k. The host waits once.
+    """
+    order = routes.flatten().argsort(stable=True)
+    counts = torch.bincount(routes.flatten(), minlength=experts).tolist()[:experts]
+    start = 0
+    for number, count in enumerate(counts):
+        if count:
+            places = order[start : start + count]
+            yield number, places // routes.shape[1], places
+        start += count
