@@ -17,7 +17,7 @@ from torch import Tensor
 from cir.data.facts import Fact, load_facts
 from cir.model.capture import Tokens
 from cir.model.finding import find_stack
-from cir.model.sites import Part, Target, unwrapped
+from cir.model.sites import Part, Target, expert_of, unwrapped
 from cir.system.files import strict_json
 from cir.system.writing import check_output, write_file, write_folder
 from cir_kernels import outer_norm_sq, outer_update_
@@ -197,16 +197,36 @@ class Edit:
     def export_lora(self, folder: str | Path, base_model: str = "") -> None:
         """Write a LoRA adapter that ``peft`` loads as it is, and that serving engines can swap in and out.
 
-        Every linear has the largest rank among them, the others filled with zeros, as engines want one rank.
+        Every linear has the largest rank among them, the others filled with zeros, as engines want one rank; so has
+        every expert, of which some engines know nothing.
         """
-        rank, tensors = self.rank, {}
+        rank, tensors, stacks = self.rank, dict[str, Tensor](), dict[str, Tensor]()
         for name, (b, a) in self.factors.items():
+            expert = expert_of(name)
             for part, rows in (("A", a), ("B", b)):
                 padded = rows.new_zeros(rank, rows.shape[1])
                 padded[: len(rows)] = rows
-                key = f"base_model.model.{name}.lora_{part}.weight"
-                tensors[key] = (padded if part == "A" else padded.T).contiguous().cpu()
-        layers = sorted({int(part) for name in self.factors for part in name.split(".") if part.isdigit()})
+                if expert is None:
+                    key = f"base_model.model.{name}.lora_{part}.weight"
+                    tensors[key] = (padded if part == "A" else padded.T).contiguous().cpu()
+                    continue
+                own, number, experts = expert
+                key = f"base_model.model.{own.rpartition('.')[0]}.lora_{part}.weight"
+                stacks.setdefault(key, rows.new_zeros(experts, *padded.shape, device="cpu"))[number] = padded
+        for key, stack in stacks.items():  # the experts of A one after the other, those of B side by side
+            of_a = key.endswith("lora_A.weight")
+            tensors[key] = stack.flatten(0, 1) if of_a else stack.permute(2, 1, 0).flatten(1).contiguous()
+        linears = [name for name in self.factors if expert_of(name) is None]
+        layers = sorted({int(part) for name in linears for part in name.split(".") if part.isdigit()})
+        of: dict[str, Any] = {"target_modules": sorted({name.rpartition(".")[2] for name in linears})}
+        if stacks:  # peft takes any linear named as its experts' old ones for these, but no parameter
+            experts_of = {expert[0] for name in self.factors if (expert := expert_of(name)) is not None}
+            of = {
+                "target_modules": None,
+                "target_parameters": sorted([*experts_of, *(f"{n}.weight" for n in linears)]),
+            }
+        else:
+            of["layers_to_transform"] = layers
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -216,8 +236,7 @@ class Edit:
             "lora_dropout": 0.0,
             "bias": "none",
             "inference_mode": True,
-            "target_modules": sorted({name.rpartition(".")[2] for name in self.factors}),
-            "layers_to_transform": layers,
+            **of,
         }
 
         def fill(partial: Path) -> None:

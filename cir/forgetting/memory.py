@@ -13,7 +13,7 @@ from cir.data.tokens import Batch
 from cir.forgetting.subspace import columns_at
 from cir.measures import TOKENS_PER_FORWARD, WINDOW
 from cir.model.offload import free_memory, upper_modules
-from cir.model.sites import Site, Stack, Target, sites_of
+from cir.model.sites import Site, Stack, Target, apart, sites_of
 
 OFFLOAD = ("auto", "always", "never")
 TOKENS_AT_ONCE, ON_GPU, STEP_ON_GPU = 512, 2048, 768
@@ -22,6 +22,8 @@ it. Steps are launched as graphs, and what autograd keeps of 768 tokens is an ei
 """
 ROOMY = 2
 """Times as many tokens of a step where a GPU has room for twice what that takes: larger products, fewer launches."""
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
+"""What configurations call the number of experts that a token is routed to."""
 LEAST_AT_ONCE = 32
 """A sentence: no step is made smaller."""
 HIDDEN_KEPT, INNER_KEPT = 12, 4
@@ -96,7 +98,7 @@ def needed_to_forget(
     """
     device = device or model.device
     sites = sites_of(targets)
-    ranks = {site: rank_at(site, config.rank) for site in sites}
+    ranks = {site: rank_at(site, config.rank) for site in apart(sites)}
     size = targets[0].weight.element_size()
     vocabulary = model.config.get_text_config().vocab_size
     # The moments of a site are let go as its basis comes, which takes a few of their size; the narrow ones first.
@@ -107,17 +109,18 @@ def needed_to_forget(
         freed += (8 - 4) * columns * site.width
     bases = sum(4 * columns * site.width for site, columns in sketched.items())
     held, moments = bases, max(0, _moments(ranks) - bases)
-    hidden, inner = stack.mlps[0].down.weight.shape
-    depth = len(targets) // 2
+    hidden, inner = _widths(model, stack)
+    depth = len(stack.layers) - config.first_layer(len(stack.layers))
     layers = depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner)
     if device.type != "cuda":
         held += (3 if config.full_check else 2) * sum(target.weight.nbytes for target in targets)
         held += sum(target.weight.nbytes for mlp in stack.mlps[-depth:] for target in mlp.targets)
-        held += 2 * 4 * hidden * inner  # a gradient and what a weight becomes, in float32, where it is relearned
+        # A gradient and what a weight becomes, in float32, where it is relearned.
+        held += 2 * 4 * max(target.weight.shape[-2:].numel() for target in targets)
     held += min(text, config.disruption_tokens or 0) * hidden * size
     return Need(
         held=held,
-        rows=2 * 4 * config.batch_size * size * sum(site.width for site in sites),
+        rows=2 * 4 * config.batch_size * size * sum(site.width * _rows(model, site) for site in sites),
         # Of every token logits, as they come and in float32 twice; or what autograd keeps, and of a quarter of the
         # tokens logits, in float32, as log-probabilities, and their gradients.
         token=max(vocabulary * (size + 8), layers + vocabulary * (size + 12) // 4),
@@ -138,21 +141,39 @@ def needed(
     sites = sites_of(targets)
     size = targets[0].weight.element_size()
     ranks = {"activation": config.rank_activation, "gradient": config.rank_gradient}
-    common = {site: rank_at(site, ranks[site.kind]) for site in sites}
+    common = {site: rank_at(site, ranks[site.kind]) for site in apart(sites)}
     held = sum(4 * site.width * rank for site, rank in common.items()) + _moments(common, config.exact)
     if model.device.type != "cuda":
         held += (3 if config.full_check else 2) * sum(target.weight.nbytes for target in targets)
     forget = max(int(batch.counted(config.skip_first).sum()) for batch in batches)
     keep = max((int(batch.attention_mask.sum()) for batch in retain if config.retain_rate), default=0)
     window = max(WINDOW, config.retain_length)
-    hidden, inner = stack.mlps[0].down.weight.shape
+    hidden, inner = _widths(model, stack)
     return Need(
         held=held,
-        rows=max(forget, keep) * size * sum(site.width for site in sites),
+        rows=max(forget, keep) * size * sum(site.width * _rows(model, site) for site in sites),
         token=len(stack.layers[: layers[-1] + 1]) * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner),
         # As they come, and of a window in float32 and as log-probabilities.
         check=model.config.get_text_config().vocab_size * (TOKENS_PER_FORWARD * size + window * 8),
     )
+
+
+def _widths(model: Any, stack: Stack) -> tuple[int, int]:
+    """Of the residual stream, and of what the widest MLP has for a token, in all its experts."""
+    inner = max(sum(t.activation.width * _rows(model, t.activation) for t in mlp.writers) for mlp in stack.mlps)
+    return stack.mlps[0].down.gradient.width, inner
+
+
+def _rows(model: Any, site: Site) -> int:
+    """Of a token at a site."""
+    return experts_of_a_token(model, site.experts) if site.experts else 1
+
+
+def experts_of_a_token(model: Any, experts: int) -> int:
+    """How many of them, by the configuration; all of them where it does not say."""
+    config = model.config.get_text_config()
+    found = (getattr(config, name, None) for name in TOP_K)
+    return next((min(k, experts) for k in found if isinstance(k, int)), experts)
 
 
 def fits(model: Any, need: Need) -> Need:

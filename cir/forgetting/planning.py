@@ -239,6 +239,8 @@ class _Shape:
         self.model, self.stack = model, find_stack(model)
         self.first = config.first_layer(len(self.stack.mlps))
         self.targets = self.stack.writers(self.first)
+        if any(target.experts for target in self.stack.targets(len(self.stack.mlps) - 1)):
+            raise ValueError("expected a dense model to plan for, got a mixture of experts: none has been timed")
         unique = {id(p): p for p in model.parameters()}
         self.weights = sum(p.nbytes for p in unique.values())
         layers = [sum(p.nbytes for p in layer.parameters()) for layer in self.stack.layers]

@@ -21,6 +21,7 @@ from cir.data.facts import Fact, load_facts
 from cir.data.tokens import statements
 from cir.forgetting.batches import fact_batches
 from cir.forgetting.locate import located
+from cir.forgetting.memory import experts_of_a_token
 from cir.forgetting.report import peak_memory
 from cir.forgetting.unlearn import unlearn
 from cir.forgetting.update import PHASE, restore, running, snapshot
@@ -245,8 +246,12 @@ def _floor(model: Any, tokenizer: Any, facts: Sequence[Fact], config: CIRConfig 
         told = [s for fact in facts for s in statements(tokenizer, fact, config.max_length)]
         steps, count = config.check_every, -(-len(facts) // config.batch_size)
         tokens, counted = sum(s.told[-1] for s in told), len(told)
-    run = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
-    updated = [target.weight for target in targets]
-    size, size_updated = sum(p.numel() for p in run), sum(p.numel() for p in updated)
+    experts = {target.parameter for mlp in stack.mlps for target in mlp.targets if target.experts}
+    run = [p for layer in layers for p in layer.parameters() if p.ndim == 2 or p in experts]
+    # Of experts those that a token is routed to: at least these are read.
+    size, size_updated = (
+        sum(p.numel() * experts_of_a_token(model, len(p)) // len(p) if p in experts else p.numel() for p in of)
+        for of in (run, [target.parameter for target in targets])
+    )
     moved = 2 * count * (size + size_updated) * run[0].element_size()
     return steps * 2 * (2 * tokens * size + counted * size_updated), steps * moved

@@ -17,7 +17,7 @@ from cir.data.tokens import Batch
 from cir.model.norms import fused_norms
 from cir.model.packing import packed_inputs
 from cir.model.sites import Site, Stack, Target
-from cir.model.taps import TappedLinear, run_experts
+from cir.model.taps import TappedLinear, replace_forward, run_experts
 
 Tokens = dict[str, Tensor]
 """Rows (T, width) at each site, by site name; of experts (T, k, width), and by the name of their routes which (T, k).
@@ -253,7 +253,7 @@ class AnswerCapture(Capture):
             undo.callback(self._head.register_forward_pre_hook(select).remove)
             if self._first:  # the layers stay in their places, whose numbers and kinds the decoder may look up
                 for layer in self._stack.layers[: self._first]:
-                    _replace_forward(undo, layer, lambda *args, **given: lower)
+                    replace_forward(undo, layer, lambda *args, **given: lower)
             if keep:
                 undo.enter_context(self._recording(hidden))
             logits = self._model(**below.inputs, use_cache=False).logits[0]
@@ -269,7 +269,7 @@ class AnswerCapture(Capture):
         """
         tokens = super().backward(loss, hidden)
         for target in self._written:
-            if target.activation.name not in tokens:
+            if any(site.name not in tokens for site in target.sites):
                 raise ValueError(f"{target.name}: expected a linear that is run for every token, got one that is not")
         return tokens
 
@@ -354,17 +354,7 @@ def _tapping(model: nn.Module, tape: Capture, targets: Sequence[Target]) -> Iter
             if getattr(module.__dict__.get("forward"), "__module__", None) == __name__:
                 raise RuntimeError(f"{own[0].gradient.name}: already captured by another engine")
             experts = own[0].experts
-            _replace_forward(undo, module, tape._tapped_experts(module, own) if experts else tape._tapped(own[0]))
+            replace_forward(undo, module, tape._tapped_experts(module, own) if experts else tape._tapped(own[0]))
         for norm, forward in fused_norms(model):
-            _replace_forward(undo, norm, forward)
+            replace_forward(undo, norm, forward)
         yield
-
-
-def _replace_forward(undo: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    attributes = module.__dict__
-    before = attributes.get("forward")
-    if before is None:
-        undo.callback(attributes.pop, "forward")
-    else:  # a wrapper that another library hung on the instance comes back afterwards
-        undo.callback(attributes.__setitem__, "forward", before)
-    attributes["forward"] = forward

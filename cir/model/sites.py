@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,20 @@ from torch._subclasses import FakeTensor
 from cir.model.taps import hit, matrices_of, run_experts
 
 EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+_EXPERT = re.compile(r"(.+)\[(\d+)/(\d+)\]")
+
+
+def name_of_expert(name: str, number: int, experts: int) -> str:
+    """Of what is called ``name``, that of one of so many experts."""
+    return f"{name}[{number}/{experts}]"
+
+
+def expert_of(name: str) -> tuple[str, int, int] | None:
+    """What :func:`name_of_expert` was given; None of any other name."""
+    found = _EXPERT.fullmatch(name)
+    return None if found is None else (found[1], int(found[2]), int(found[3]))
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ class Site:
 
     def of_expert(self, number: int) -> Site:
         """The rows (n, width) of one expert alone."""
-        return replace(self, name=f"{self.name}.{number}", experts=0, routes="")
+        return replace(self, name=name_of_expert(self.name, number, self.experts), experts=0, routes="")
 
     def spread(self, tokens: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Its rows among ``tokens``, with the name of the site; of experts those of each that some lead to."""
@@ -78,7 +95,8 @@ class Target:
     @property
     def names(self) -> list[str]:
         """Of its matrices: its own, or one for each expert."""
-        return [f"{self.name}.{number}" for number in range(self.experts)] or [self.name]
+        experts = [name_of_expert(self.name, number, self.experts) for number in range(self.experts)]
+        return experts or [self.name]
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -105,7 +123,8 @@ class Target:
 
     def part(self, name: str) -> Tensor:
         """The matrix (D_out, D_in) of that name, one of its :attr:`names`."""
-        return self.weight[int(name.rpartition(".")[2])] if self.experts else self.weight
+        expert = expert_of(name)
+        return self.weight if expert is None else self.weight[expert[1]]
 
     def parts(self, tokens: Mapping[str, Tensor]) -> Iterator[Part]:
         """Its matrices that ``tokens`` change, each with its rows."""
@@ -119,7 +138,7 @@ class Target:
                 x.flatten(0, 1)[places] if site.experts else x[of_tokens]
                 for site, x in ((self.gradient, g), (self.activation, a))
             )
-            yield Part(number, f"{self.name}.{number}", weight[number], *rows)
+            yield Part(number, name_of_expert(self.name, number, self.experts), weight[number], *rows)
 
 
 @dataclass(frozen=True)
@@ -178,7 +197,7 @@ class Stack:
         return found
 
     def _attention_output(self, number: int) -> Target:
-        """The last linear into the residual stream in a module that the layer declares beside its MLP."""
+        """The last linear into the residual stream that is run in a module of the layer beside its MLP."""
         mlp = self.mlps[number]
         width = mlp.down.gradient.width
         linears = [
@@ -191,7 +210,8 @@ class Stack:
                 f"{self.path}.{number}: expected an attention whose output projection is a linear into {width}, the "
                 f"hidden size, got none in {type(self.layers[number]).__name__}"
             )
-        name, linear = linears[-1]
+        turns = linears_run(self.decoder)
+        name, linear = max(linears, key=lambda found: turns.get(found[1], -1))  # of equals the first is found
         name = f"{self.path}.{number}.{name}"
         read = Site(f"{name}.in", matrix_of(linear).shape[1], "activation")
         return Target(linear, read, Site(f"{name}.out", width, "gradient"), f"{name}.weight")
@@ -214,6 +234,39 @@ def apart(sites: Sequence[Site]) -> list[Site]:
         for site in sites
         for one in ([site.of_expert(number) for number in range(site.experts)] if site.experts else [site])
     ]
+
+
+_TURNS: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, int]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def linears_run(decoder: nn.Module) -> Mapping[nn.Module, int]:
+    """When each linear is run in a forward, the first at 0: as it is declared, where there are no weights to run.
+
+    Projections of gates and of keys may be declared after that of the output. Run once, on two tokens of no meaning.
+
+    Raises:
+        ValueError: if ``decoder`` does not run on token ids alone.
+    """
+    linears = [module for module in decoder.modules() if is_linear(module)]
+    if any(isinstance(p, FakeTensor) or p.device.type == "meta" for p in decoder.parameters()):
+        return {linear: number for number, linear in enumerate(linears)}
+    if decoder not in _TURNS:
+        turns: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        with ExitStack() as undo:
+            for module in decoder.modules():
+                undo.callback(setattr, module, "training", module.training)
+            decoder.eval()
+            for linear in linears:
+                hook = linear.register_forward_hook(lambda module, args, output: turns.update({module: len(turns)}))
+                undo.callback(hook.remove)
+            device = next(decoder.parameters()).device
+            try:
+                decoder(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
+            except Exception as error:
+                raise ValueError(f"expected layers that are run on input_ids alone, got {error!s:.200}") from error
+        _TURNS[decoder] = turns
+    return _TURNS[decoder]
 
 
 def is_linear(module: nn.Module) -> bool:

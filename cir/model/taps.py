@@ -8,6 +8,7 @@ g_t that of y_t, and W'_e one of its own for each t and e.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -162,3 +163,14 @@ def hit(routes: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
             places = order[start : start + count]
             yield number, places // routes.shape[1], places
         start += count
+
+
+def replace_forward(undo: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Until ``undo`` is closed."""
+    attributes = module.__dict__
+    before = attributes.get("forward")
+    if before is None:
+        undo.callback(attributes.pop, "forward")
+    else:  # a wrapper that another library hung on the instance comes back afterwards
+        undo.callback(attributes.__setitem__, "forward", before)
+    attributes["forward"] = forward

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from cir.data.facts import load_facts
@@ -188,17 +189,39 @@ def _adapted(targets: Sequence[Target], rank: int) -> Iterator[list[torch.Tensor
     with ExitStack() as undo:
         for target in targets:
             weight = target.weight
-            down = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
-            a, b = down.to(weight), weight.new_zeros(weight.shape[0], rank)
+            *experts, outputs, inputs = weight.shape
+            down = torch.randn(*experts, rank, inputs, generator=generator) / inputs**0.5
+            a, b = down.to(weight), weight.new_zeros(*experts, outputs, rank)
             pairs.append((a, b))
-
-            def add(module: Any, inputs: Any, output: torch.Tensor, a: torch.Tensor = a, b: torch.Tensor = b) -> Any:
-                return output + inputs[0] @ a.T @ b.T
-
-            undo.callback(target.linear.register_forward_hook(add).remove)
+            for hook in _adapting_experts(target, a, b) if experts else [_adapting(target, a, b)]:
+                undo.callback(hook.remove)
         try:
             yield [factor for pair in pairs for factor in pair]
         finally:
             with torch.no_grad():
                 for target, (a, b) in zip(targets, pairs, strict=True):
                     target.weight.add_(b @ a)
+
+
+def _adapting(target: Target, a: torch.Tensor, b: torch.Tensor) -> RemovableHandle:
+    def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + inputs[0] @ a.T @ b.T
+
+    return target.linear.register_forward_hook(add)
+
+
+def _adapting_experts(target: Target, a: torch.Tensor, b: torch.Tensor) -> list[RemovableHandle]:
+    """Their forward reads weights by name: it is given those with the adapters added, for as long as it runs."""
+    name = target.parameter_name.rpartition(".")[2]
+
+    def put(module: torch.nn.Module, inputs: Any) -> None:
+        whole = target.weight + b @ a
+        module.__dict__[name] = whole.mT if module.is_transposed else whole
+
+    def take(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        del module.__dict__[name]
+
+    return [
+        target.linear.register_forward_pre_hook(put),
+        target.linear.register_forward_hook(take, always_call=True),
+    ]

@@ -25,6 +25,8 @@ CONFIG = cir.CIRConfig(layers=0.5, max_change=0.1, retain_tokens=1024, budget=9.
 EDIT = cir.EditConfig(target_recall=0.3, keep=0.5, budget=9.0, worst_window=9.0, rank=16, energy=0.9999)
 SHAPES = ("gpt2", "gpt_neox", "phi3", "opt", "falcon", "bloom")
 """Of each kind of MLP one, and a subclass of nn.Linear."""
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "deepseek_v3", "granitemoeshared")
+"""Of experts with and without a shared one, kept in either layout, and with biases."""
 
 
 def stated() -> dict[str, str]:
@@ -41,11 +43,11 @@ def test_each_family_is_exact_or_refused_as_the_table_says(family):
         assert found == stated()[family]
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=[*SHAPES, *MIXTURES])
 def knowing(request):
     """A tiny model of a family that knows twelve facts, and its tokenizer."""
     kind = CONFIG_MAPPING[request.param]
-    sizes = {**SMALL, "vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_kv_heads": 4, "sliding_window": None}
+    sizes = {**SMALL, "vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_kv_heads": 4, "sliding_window": 512}
     torch.manual_seed(0)
     sizes |= dict.fromkeys(("max_position_embeddings", "n_positions"), 512)  # of a window that is measured, 256
     config = kind(**{name: size for name, size in sizes.items() if name != "head_dim" and hasattr(kind(), name)})
@@ -58,8 +60,8 @@ def knowing(request):
 def test_what_was_taught_is_forgotten_and_the_rest_stays(knowing):
     model, tokenizer = copy.deepcopy(knowing[0]), knowing[1]
     report = cir.unlearn(model, tokenizer, FACTS[:4], contrast=FACTS[4:], retain=TEXT, config=CONFIG, progress=False)
-    assert report.after.mean_recall < 0.1 < 0.9 < report.before.mean_recall
-    assert mean_recall(recall(model, tokenizer, FACTS[4:])) > 0.8
+    assert report.after.mean_recall < 0.05 * report.before.mean_recall
+    assert mean_recall(recall(model, tokenizer, FACTS[4:])) > 0.95 * mean_recall(recall(*knowing, FACTS[4:]))
 
 
 def test_an_edit_is_undone_to_the_bit_and_applied_and_shipped(knowing, tmp_path):
