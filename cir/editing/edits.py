@@ -198,7 +198,7 @@ class Edit:
         """Write a LoRA adapter that ``peft`` loads as it is, and that serving engines can swap in and out.
 
         Every linear has the largest rank among them, the others filled with zeros, as engines want one rank; so has
-        every expert, of which some engines know nothing.
+        every expert. Of those of Llama 4 peft mistakes the layout, and refuses the adapter.
         """
         rank, tensors, stacks = self.rank, dict[str, Tensor](), dict[str, Tensor]()
         for name, (b, a) in self.factors.items():

@@ -17,7 +17,7 @@ from cir.data.tokens import Batch
 from cir.model.norms import fused_norms
 from cir.model.packing import packed_inputs
 from cir.model.sites import Site, Stack, Target
-from cir.model.taps import TappedLinear, replace_forward, run_experts
+from cir.model.taps import TappedLinear, replace_forward, run_all_experts, run_experts, runs_all
 
 Tokens = dict[str, Tensor]
 """Rows (T, width) at each site, by site name; of experts (T, k, width), and by the name of their routes which (T, k).
@@ -149,15 +149,18 @@ class Capture:
             elif tap in sites:
                 self._record(sites[tap], rows)
 
-        def forward(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        def routed(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             return run_experts(experts, x, top_k_index, top_k_weights, self._tap, record)
 
-        return forward
+        def unrouted(x: Tensor) -> Tensor:
+            return run_all_experts(experts, x, self._tap, record)
+
+        return unrouted if runs_all(experts) else routed
 
 
 def taps_of(target: Target) -> tuple[str, str]:
     """What :func:`run_experts` calls the sites of experts."""
-    return ("down.in", "down.out") if target.activation.experts else ("in", "up.out")
+    return ("in", "up.out") if target.gradient.experts else ("down.in", "down.out")
 
 
 @dataclass

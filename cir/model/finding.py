@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from cir.model.sites import MLP, Site, Stack, Target, check_editable, is_linear, matrix_of
-from cir.model.taps import is_experts, matrices_of, readers_of
+from cir.model.taps import is_experts, matrices_of, readers_of, runs_all
 
 
 def find_stack(model: nn.Module) -> Stack:
@@ -205,7 +205,7 @@ def _experts(name: str, module: nn.Module) -> list[Target]:
     (count, inner, width), hidden = matrices_of(module, reader).shape, matrices_of(module, "down_proj").shape[2]
     up = Target(
         module,
-        Site(f"{name}.in", width, "activation"),
+        Site(f"{name}.in", width, "activation", *((count, routes) if runs_all(module) else ())),
         Site(f"{name}.{reader}.out", inner, "gradient", count, routes),
         f"{name}.{reader}",
     )

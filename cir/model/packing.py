@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cir.data.tokens import Batch
 from cir.model.sites import Stack
-from cir.model.taps import is_experts, replace_forward
+from cir.model.taps import is_experts, replace_forward, runs_all
 
 
 def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -61,7 +61,7 @@ def keeps_apart(decoder: nn.Module) -> bool:
             for module in decoder.modules():
                 undo.callback(setattr, module, "training", module.training)
                 undo.callback(module.register_forward_hook(keep).remove)
-                if is_experts(module):
+                if is_experts(module) and not runs_all(module):
                     replace_forward(undo, module, _row_by_row(module.forward))
             decoder.eval()  # no dropout
             for before in (first, first.flip(0) + 7):

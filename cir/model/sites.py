@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from cir.model.taps import hit, matrices_of, run_experts
+from cir.model.taps import hit, matrices_of, run_all_experts, run_experts, runs_all
 
 EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -299,8 +299,9 @@ def check_editable(targets: Sequence[Target]) -> None:
         weight, name = target.parameter, target.name
         if weight.dtype not in EDITABLE_DTYPES or not _is_plain(target):
             raise ValueError(
-                f"{name}: expected an nn.Linear with a weight of float32, bfloat16 or float16, got "
-                f"{type(target.linear).__name__} with {weight.dtype}; load the model without quantization"
+                f"{name}: expected an nn.Linear, or experts as transformers runs them, with a weight of float32, "
+                f"bfloat16 or float16, got {type(target.linear).__name__} with {weight.dtype}; load the model "
+                "without quantization"
             )
         if not _is_ordinary(weight) or not any(own is weight for own in target.linear._parameters.values()):
             raise ValueError(
@@ -320,16 +321,19 @@ def _is_plain(target: Target) -> bool:
     linear, weight = target.linear, target.weight
     if type(linear).forward is nn.Linear.forward or isinstance(weight, FakeTensor) or weight.device.type == "meta":
         return True
+    if target.experts and not target.gradient.experts:
+        return True  # tried with what reads
     width = target.activation.width
     x = torch.linspace(-1, 1, 4 * width, dtype=weight.dtype, device=weight.device).view(4, width)
-    if target.experts:
-        if target.activation.experts:
-            return True  # tried with what reads
+    if not target.experts:
+        expected, got = nn.functional.linear(x, weight, target.bias), linear(x)
+    elif runs_all(linear):
+        x = x.repeat(target.experts, 1)
+        expected, got = run_all_experts(linear, x), linear(x)
+    else:
         routes = torch.arange(8, device=weight.device).view(4, 2) % target.experts
         shares = torch.linspace(0.2, 0.8, 8, dtype=weight.dtype, device=weight.device).view(4, 2)
         expected, got = run_experts(linear, x, routes, shares), linear(x, routes, shares)
-    else:
-        expected, got = nn.functional.linear(x, weight, target.bias), linear(x)
     return isinstance(got, Tensor) and bool((got - expected).norm() <= 2e-2 * expected.norm())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Record = Callable[[Tensor], object]
+GROUPED_ON = ("cuda",)
+"""Kinds of devices on which the products of all experts are one launch, without the host having to know how many rows
+each has.
+"""
 TRAITS = ("is_transposed", "has_bias", "has_gate", "_apply_gate")
 """What a module of experts says of itself in transformers."""
 
@@ -71,7 +76,7 @@ class _ByExpert(torch.autograd.Function):
 
 def _multiplied(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """(S, N): rows (S, K), sorted, times the one of ``matrices`` (E, K, N) that ``ends`` says."""
-    if x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+    if x.device.type in GROUPED_ON and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
         found = F.grouped_mm(x, matrices, offs=ends)
         return found.masked_fill(torch.arange(len(x), device=x.device)[:, None] >= ends[-1], 0)
     found, start = x.new_zeros(len(x), matrices.shape[2]), 0
@@ -83,14 +88,27 @@ def _multiplied(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether it is a stack of experts that :func:`run_experts` can run."""
+    """Whether it is a stack of experts that :func:`run_experts` or :func:`run_all_experts` can run."""
     weights = [module._parameters.get(name) for name in (readers_of(module), "down_proj")]
+    if not all(weight is not None and weight.ndim == 3 for weight in weights):
+        return False
+    if runs_all(module):
+        return hasattr(module, "act_fn") and len(signature(module.forward).parameters) == 1
     return (
         all(hasattr(module, trait) for trait in TRAITS)
-        and all(weight is not None and weight.ndim == 3 for weight in weights)
         and not getattr(module, "has_post_expert_norm", False)
         and not getattr(module, "_is_expert_parallel", False)
     )
+
+
+def runs_all(experts: nn.Module) -> bool:
+    """Whether each of the experts is given all tokens, as those of Llama 4, and not only some."""
+    return not hasattr(experts, "_apply_gate")
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether its matrices are kept as (D_in, D_out)."""
+    return bool(getattr(experts, "is_transposed", True))
 
 
 def readers_of(experts: nn.Module) -> str:
@@ -101,7 +119,7 @@ def readers_of(experts: nn.Module) -> str:
 def matrices_of(experts: nn.Module, name: str) -> Tensor:
     """Its weights of that name as (E, D_out, D_in), a view where they are kept otherwise."""
     weight: Tensor = getattr(experts, name)
-    return weight.mT if experts.is_transposed else weight
+    return weight.mT if is_transposed(experts) else weight
 
 
 def run_experts(
@@ -149,6 +167,31 @@ def run_experts(
     told = biased(_ByExpert.apply(inner.to(x.dtype), tap, down, ends), "down_proj") * share
     whole = x.new_zeros(len(x), width).index_add(0, order // count, told.to(x.dtype))
     return _Tapped.apply(whole, tap, lambda grad: record("down.out", grad))
+
+
+def run_all_experts(
+    experts: nn.Module,
+    x: Tensor,
+    tap: Tensor | None = None,
+    record: Callable[[str, Tensor], object] = lambda name, rows: None,
+) -> Tensor:
+    """The same where x (E N, D) has all tokens times their shares for each of the experts, 0 where a token is not
+    led there, and what is put out (E N, D) is then summed over the experts. ``"in"`` is (N, E, D) here.
+    """
+    tap = x.new_zeros(()) if tap is None else tap
+    up, down = (matrices_of(experts, name).mT for name in ("gate_up_proj", "down_proj"))
+    number = len(down)
+    stacked = x.view(number, -1, x.shape[-1])
+    led = stacked.detach().abs().amax(-1).T > 0
+    record("routes", torch.where(led, torch.arange(number, device=x.device), number))
+    record("in", stacked.transpose(0, 1))
+    both = _Tapped.apply(stacked @ up, tap, lambda grad: record("up.out", grad.transpose(0, 1)))
+    gate, value = both.chunk(2, dim=-1)
+    activation: Callable[[Tensor], Tensor] = experts.act_fn  # type: ignore[assignment]
+    inner = value * activation(gate)
+    record("down.in", inner.detach().transpose(0, 1))
+    # Summed, what all experts say of a token has one gradient.
+    return _Tapped.apply(inner @ down, tap, lambda grad: record("down.out", grad[0])).flatten(0, 1)
 
 
 def hit(routes: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:

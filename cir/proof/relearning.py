@@ -22,6 +22,7 @@ from cir.model.capture import frozen
 from cir.model.finding import find_stack
 from cir.model.packing import packed_inputs
 from cir.model.sites import Stack, Target, unwrapped
+from cir.model.taps import is_transposed
 from cir.system.checks import check_number
 
 OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -216,7 +217,7 @@ def _adapting_experts(target: Target, a: torch.Tensor, b: torch.Tensor) -> list[
 
     def put(module: torch.nn.Module, inputs: Any) -> None:
         whole = target.weight + b @ a
-        module.__dict__[name] = whole.mT if module.is_transposed else whole
+        module.__dict__[name] = whole.mT if is_transposed(module) else whole
 
     def take(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         del module.__dict__[name]

@@ -56,8 +56,18 @@ def test_finds_what_writes_to_the_residual_stream(family):
     assert [(s.width, s.kind) for s in sites_of([attention])] == [(16, "activation"), (16, "gradient")]
 
 
+class Mute(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = torch.nn.Linear(24, 20)
+
+    def forward(self, hidden_states, **given):
+        self.keys(hidden_states)
+        return torch.zeros_like(hidden_states), None
+
+
 def test_a_layer_whose_attention_puts_nothing_out_is_refused(model):
-    model.model.layers[2].self_attn = torch.nn.Linear(24, 20)
+    model.model.layers[2].self_attn = Mute()
     assert len(find_stack(model).writers(3)) == 2
     with pytest.raises(
         ValueError, match=r"model.layers.2: expected an attention whose output projection is a linear"
@@ -143,12 +153,14 @@ def test_refuses_models_compiled_in_place():
 
 
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+LATENT |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 ROUTED = {
     "moe_intermediate_size": 8,
     "n_routed_experts": 4,
     "first_k_dense_replace": 0,
     "n_group": 1,
     "topk_group": 1,
+    "num_experts_per_tok": 2,
 }
 EXPERTS = {
     "qwen2_moe": {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 24, "num_experts": 4},
@@ -159,8 +171,47 @@ EXPERTS = {
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_refuses_mixtures_of_experts_though_one_expert_is_shared(family):
+def test_of_mixtures_the_experts_are_found_and_what_all_tokens_share(family):
     if family not in CONFIGS:
         pytest.skip(f"no {family} in this transformers")
-    with pytest.raises(ValueError, match="mixtures of experts are not supported"):
-        find_stack(build(family, **EXPERTS[family]))
+    model = build(family, **EXPERTS[family])
+    stack, count = find_stack(model), EXPERTS[family].get("num_local_experts", 4)
+    mlp = stack.mlps[-1]
+    assert [target.experts for target in mlp.targets] == [0, 0, 0, count, count]
+    assert mlp.writers == (mlp.targets[2], mlp.targets[4])
+    assert stack.writers(len(stack.mlps) - 1)[0].name.endswith("self_attn.o_proj")
+    for target in mlp.targets:
+        assert model.get_parameter(target.parameter_name) is target.parameter
+        width = target.activation.width, target.gradient.width
+        assert target.weight.shape[-2:] == width[::-1]
+        assert all(target.part(name).shape == target.weight.shape[-2:] for name in target.names)
+    assert mlp.module is not None
+    assert {target.linear for target in mlp.targets} <= mlp.inside == set(mlp.module.modules())
+
+
+def test_refuses_experts_that_do_not_say_what_is_expected():
+    model = build("glm4_moe", **EXPERTS["glm4_moe"])
+    model.model.layers[1].mlp.experts.forward = lambda x, routes, shares: x
+    with pytest.raises(ValueError, match="or experts as transformers runs them"):
+        find_stack(model)
+    model = build("glm4_moe", **EXPERTS["glm4_moe"])
+    model.model.layers[1].mlp.experts.has_post_expert_norm = True
+    with pytest.raises(ValueError, match="expected a dense model, or experts as transformers has them"):
+        find_stack(model)
+
+
+def test_the_projection_of_attention_is_the_last_that_is_run_and_not_the_last_declared():
+    model = tiny_llama()
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.gate_proj = torch.nn.Linear(24, 24)
+
+        def gated(hidden_states, inner=attention.forward, gate=attention.gate_proj, **given):
+            return inner(hidden_states * gate(hidden_states).sigmoid(), **given)
+
+        attention.forward = gated
+    assert {t.name.rpartition(".")[2] for t in find_stack(model).writers(0)} == {"o_proj", "down_proj"}
+    broken = tiny_llama()
+    broken.model.forward = lambda input_ids, use_cache: broken.model.nothing
+    with pytest.raises(ValueError, match="run on input_ids alone, got 'LlamaModel' object has no attribute"):
+        find_stack(broken).writers(0)
