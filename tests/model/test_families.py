@@ -98,7 +98,7 @@ def test_an_edit_is_undone_to_the_bit_and_applied_and_shipped(knowing, tmp_path)
     edit.export_lora(tmp_path / "adapter")
     adapted = []
     if base.config.model_type == "llama4_text":  # whose experts' layout peft mistakes
-        with pytest.raises(RuntimeError, match="size mismatch for .*experts.lora_A"):
+        with pytest.raises(RuntimeError, match=r"size mismatch for .*experts.lora_A"):
             peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
     else:
         adapted.append(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter"))
