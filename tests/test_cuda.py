@@ -7,11 +7,12 @@ import torch
 
 import cir
 from cir.config import BreakingConfig, CIRConfig, EditConfig
+from cir.measures import recall
 from cir.model import replay
 from cir.model.finding import find_stack
 from cir.model.offload import offloaded, upper_modules
 from cir.model.replay import Replays
-from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
+from tests.tiny import TEXT, facts, knowing_llama, knowing_mixture, tiny_llama, word_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CONFIG = BreakingConfig(
@@ -65,6 +66,20 @@ def test_graphs_give_what_calls_give(tokenizer, monkeypatch):
     total = torch.stack([change.norm() for change in want.values()]).norm()
     apart = torch.stack([(change - moved[name]).norm() for name, change in want.items()]).norm()
     assert float(apart / total) < 1e-2
+
+
+def test_a_mixture_of_experts_is_unlearned_in_graphs(monkeypatch):
+    captured = []
+    capture = Replays._capture
+    monkeypatch.setattr(
+        Replays, "_capture", lambda self, key, *rest: captured.append(key) or capture(self, key, *rest)
+    )
+    model, tokenizer, told = knowing_mixture(torch.bfloat16).cuda(), word_tokenizer(), cir.load_facts(facts(12))
+    fit = CIRConfig(layers=0.5, max_change=0.1, retain_tokens=1024, budget=9.0, worst_window=9.0)
+    report = cir.unlearn(model, tokenizer, told[:4], contrast=told[4:], retain=TEXT, config=fit, progress=False)
+    assert captured
+    assert report.after.mean_recall < 0.1 < 0.9 < report.before.mean_recall
+    assert min(recall(model, tokenizer, told[4:]).values()) > 0.8
 
 
 def test_graphs_outlive_an_edit_and_edits_take_no_more_memory(monkeypatch):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
 VOCABULARY = 128
 TEXT = " ".join(f"word{i % 13} then{i % 7} some{i % 29} more{i % 5}" for i in range(600))
@@ -101,3 +101,23 @@ def taught(model: Any, tokenizer: Any, known: Any, steps: int = 60) -> Any:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return model
+
+
+def knowing_mixture(dtype: torch.dtype = torch.float32) -> Any:
+    """A tiny Mixtral, two of five experts a token, that knows the first twelve facts."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+    )
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    torch.random.set_rng_state(generator_state)
+    return taught(model, word_tokenizer(), facts(12), steps=200).to(dtype)
