@@ -68,7 +68,7 @@ def unlearn(
     best state so far, and so does an exception, but for one of a callback: after that the model is as it came in.
 
     Args:
-        model: a dense causal LM of Hugging Face transformers, see docs/families.md, in float32, bfloat16 or float16.
+        model: a causal LM of Hugging Face transformers, see docs/families.md, in float32, bfloat16 or float16.
         tokenizer: its tokenizer.
         facts: what :func:`cir.load_facts` reads: a path, facts, or sentences.
         contrast: facts that must stay: of the same relations with other subjects, and about the same subjects. The
