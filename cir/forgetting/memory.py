@@ -110,7 +110,7 @@ def needed_to_forget(
     bases = sum(4 * columns * site.width for site, columns in sketched.items())
     held, moments = bases, max(0, _moments(ranks) - bases)
     hidden, inner = _widths(model, stack)
-    depth = len(stack.layers) - config.first_layer(len(stack.layers))
+    depth = sum(mlp.down in targets for mlp in stack.mlps)
     layers = depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner)
     if device.type != "cuda":
         held += (3 if config.full_check else 2) * sum(target.weight.nbytes for target in targets)
