@@ -70,7 +70,8 @@ SMALL = {**_WIDTH, **_INNER, **_DEPTH, **_HEADS, **_LATENT, **_EXPERTS, **_STATE
 SLIDING = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
 OWN: dict[str, dict[str, Any]] = {
     "gemma3n_text": {**SLIDING, "intermediate_size": [48] * 3, "activation_sparsity_pattern": [0.0] * 3},
-    "gemma4_text": SLIDING,
+    "gemma4_text": {**SLIDING, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+    "granitemoeshared": {"shared_intermediate_size": 40},
 }
 """What some configurations need besides, all of it when they are made."""
 
@@ -252,9 +253,10 @@ def table() -> str:
         f"Every causal language model of transformers {version('transformers')}, {len(FAMILIES)} by their names",
         f"there; {tried} of them are built with tiny sizes and random weights. **Exact** means that logits, and the",
         "rows of every linear that is edited, by the default method and by the paper's, are within a ten-thousandth",
-        "of autograd's of each sentence alone, in float32; of experts the gradient of all their weights. All others",
-        "are refused, with the reason, before a weight changes. Written by `python -m tests.model.families`, and",
-        "held by `tests/model/test_families.py`.",
+        "of autograd's of each sentence alone, in float32; of experts the gradient of all their weights. The paper's",
+        "way refuses those whose layers have two modules that say what an MLP does, such as Gemma 4 with experts. All",
+        "others are refused, with the reason, before a weight changes. Written by `python -m tests.model.families`,",
+        "and held by `tests/model/test_families.py`.",
         "",
         "| | models |",
         "|---|---|",
