@@ -111,9 +111,9 @@ def plain_step(
 
 @torch.no_grad()
 def sizes(targets: Sequence[Target]) -> list[Tensor]:
-    """Root mean square of each weight, as scalars on their devices."""
+    """Root mean square of each weight that the model came with, as scalars on their devices."""
     weights = [target.parameter for target in targets]
-    norms = [torch.linalg.vector_norm(w, dtype=at_least_float32(w[:0]).dtype) for w in weights]
+    norms = [t.norm(at_least_float32(w[:0]).dtype) for t, w in zip(targets, weights, strict=True)]
     return [norm / weight.numel() ** 0.5 for norm, weight in zip(norms, weights, strict=True)]
 
 

@@ -125,8 +125,15 @@ class Capture:
         def record(grad: Tensor) -> None:
             self._record(target.gradient, grad)
 
+        base: Callable[[Tensor], Tensor] = target.linear.forward
+
         def forward(x: Tensor) -> Tensor:
             self._record(target.activation, x)
+            if target.delta is not None:
+                # bitsandbytes packs 4-bit weights anew, on some CPUs and for good, when they read what requires no
+                # gradient, and from then on none comes back through them.
+                read = x if x.requires_grad else x.detach().requires_grad_()
+                return base(read) + TappedLinear.apply(x, self._tap, target.weight, None, record)
             return TappedLinear.apply(x, self._tap, target.weight, target.bias, record)
 
         return forward

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 Record = Callable[[Tensor], object]
 TRAITS = ("is_transposed", "has_bias", "has_gate", "_apply_gate")
 """What a module of experts says of itself in transformers."""
+ROWS = 1024
+"""Of the identity that a linear is given at once, to see its weight."""
+CLOSE = 0.05
+"""How far, relatively, a gradient may be from what outputs say it is: some linears round what they read to 8 bits."""
 
 
 class TappedLinear(torch.autograd.Function):
@@ -79,6 +83,37 @@ def _multiplied(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
             torch.mm(x[start:end], matrices[number], out=found[start:end])
         start = end
     return found
+
+
+def norm_through(linear: nn.Module, name: str, width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The Frobenius norm of the weight of a ``linear`` that shows it by what it makes of the identity alone, as a
+    quantized one. That its gradient is of this weight is checked.
+
+    Args:
+        name: of it, for errors. width: of its input. dtype: that it reads and puts out.
+
+    Raises:
+        ValueError: if it puts out something else, or no gradient, or another, comes back to what it reads.
+    """
+    squared = 0.0
+    for start in range(0, width, ROWS):
+        x = torch.zeros(min(ROWS, width - start), width, dtype=dtype, device=device)
+        x.diagonal(start).fill_(1)
+        y = linear(x.requires_grad_())
+        if not isinstance(y, Tensor) or y.dtype != dtype:
+            raise ValueError(f"{name}: expected a linear that puts out {dtype}, got {getattr(y, 'dtype', type(y))}")
+        rows = (y - linear(torch.zeros_like(x[:1]).requires_grad_())).detach()
+        here = float(rows.double().square().sum())
+        squared += here
+        if start == 0:
+            # Of y = x W^T, the gradient of x for rows y is y W, whose inner product with x is that of y with y.
+            (grad,) = torch.autograd.grad(y, x, rows) if y.requires_grad else (torch.zeros_like(x),)
+            if not abs(float((grad * x.detach()).double().sum()) - here) <= CLOSE * here:
+                raise ValueError(
+                    f"{name}: expected a linear through which the gradient comes back to what it reads, got "
+                    f"{type(linear).__name__}, where it does not; load the model without quantization"
+                )
+    return squared**0.5
 
 
 def is_experts(module: nn.Module) -> bool:
