@@ -62,7 +62,7 @@ class Delivery:
                 break
             rank = min(2 * rank, most)
         energy = min(1.0, norm_sq(self._factors.values()) / squared) if squared else 1.0
-        report.after, report.adapter = now, Adapter(str(self._folder), rank, energy, whole)
+        report.after, report.adapter = now, Adapter(rank, energy, whole)
         if wrong:
             logger.warning("the adapter holds %.1f %% of the change, and %s: raise adapter_rank", 100 * energy, wrong)
 

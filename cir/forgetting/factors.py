@@ -18,6 +18,8 @@ from cir_kernels import outer_norm_sq, outer_update_
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By linear: B (r, D_out) and A (r, D_in), of which B^T A is added to its weight."""
+LORA_FILES = ("adapter_model.safetensors", "adapter_config.json")
+"""Of an adapter, as ``peft`` names them."""
 ENTRIES = 2**24
 """Of rows that are factorised at once, in float64: of linears of one shape, as each of them takes many launches."""
 
@@ -49,8 +51,8 @@ def write_lora(folder: str | Path, factors: Factors, base_model: str = "") -> No
     }
 
     def fill(partial: Path) -> None:
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, partial / LORA_FILES[0], metadata={"format": "pt"})
+        (partial / LORA_FILES[1]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     write_folder(check_output(str(folder), overwrite=False), fill)
 

@@ -72,11 +72,10 @@ class Adapter:
     """What an adapter holds of what a run changed.
 
     Attributes:
-        folder: where it is. rank: of every linear. energy: share of the squared norm of the change that it holds.
+        rank: of every linear. energy: share of the squared norm of the change that it holds.
         whole: the model with all of the change; the report's ``after`` is what it is with the adapter.
     """
 
-    folder: str
     rank: int
     energy: float
     whole: Measure
