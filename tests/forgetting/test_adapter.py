@@ -82,7 +82,9 @@ def test_the_adapter_is_what_was_measured_to_the_last_places(knowing, tokenizer,
         measured.append(logits(model))
 
     monkeypatch.setattr(Delivery, "truncate", watched)
-    run(model, tokenizer, adapter=tmp_path / "adapter")
+    config = replace(CONFIG, disruption_tokens=64, full_check=True)
+    report = run(model, tokenizer, config=config, adapter=tmp_path / "adapter")
+    assert report.after.rise_stderr == 0
     (expected,) = measured
     torch.testing.assert_close(logits(adapted(model, tmp_path / "adapter")), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(model), expected, atol=1e-2)

@@ -149,3 +149,23 @@ def test_experts_are_refused():
     model = build("mixtral")
     with pytest.raises(ValueError, match="adapter: expected a model of linears, got the experts"):
         beside(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma2", "gpt_neox", "olmo2"])
+def test_what_is_beside_a_weight_does_what_it_would_within(family):
+    model = build(family).eval()
+    batch, at = pad([[1, 5, 9, 20, 7], [1, 30, 2, 11]]), torch.tensor([1, 3, 6])
+    read = []
+    for stack in (with_deltas(model, find_stack(model), 1), find_stack(model)):
+        written = stack.writers(1)
+        targets = [*written, *(t for mlp in stack.mlps[1:] for t in mlp.targets if t not in written)]
+        with torch.no_grad():
+            for number, target in enumerate(targets):
+                change = torch.randn(target.weight.shape, generator=torch.Generator().manual_seed(number))
+                target.weight.add_(0.05 * change)
+        with answering(model, stack, 1) as tape:
+            logits, hidden = tape.predict(tape.below(batch), at)
+            read.append({"logits": logits.detach(), **tape.backward(logits.square().sum(), hidden)})
+    assert read[0].keys() == read[1].keys()
+    for name, rows in read[0].items():
+        assert (rows - read[1][name]).norm() <= 1e-5 * rows.norm(), name
