@@ -37,8 +37,8 @@ def _run(arguments: argparse.Namespace, adapter: Path | None) -> Outcome:
     # Everything that can be wrong is found before the model is loaded.
     nbytes, _ = weights_of(arguments.model, arguments.dtype)
     out = check_output(arguments.out, arguments.overwrite, paths(arguments), nbytes if adapter is None else 0)
-    if adapter is not None and arguments.certify:
-        raise ValueError("--certify: expected a model to be written, got --adapter; certify the merged model")
+    if adapter is not None and (arguments.certify or arguments.preset != "default"):
+        raise ValueError("--adapter: expected neither --certify, which is for models, nor another preset")
     inputs = Inputs.read(vars(arguments))
     base = CIRConfig.preset(arguments.preset)
     config = replace(base, **_given(arguments, base))

@@ -14,7 +14,8 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from cir.data.facts import Fact, load_facts
-from cir.forgetting.factors import Factors, add_factors, norm_sq, truncated, write_lora
+from cir.forgetting.factors import norm_sq, truncated, write_lora
+from cir.forgetting.update import Factors, add_factors
 from cir.model.finding import find_stack
 from cir.model.sites import Target, unwrapped
 from cir.system.files import strict_json

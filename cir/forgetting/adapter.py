@@ -10,8 +10,9 @@ import torch
 
 from cir.config import CIRConfig
 from cir.forgetting.budget import Meter, is_inside
-from cir.forgetting.factors import Factors, add_factors, norm_sq, truncated, write_lora
+from cir.forgetting.factors import norm_sq, truncated, write_lora
 from cir.forgetting.report import Adapter, Measure, Report
+from cir.forgetting.update import Factors, add_factors
 from cir.model.sites import Target
 from cir.system.writing import check_output
 
@@ -27,8 +28,9 @@ class Delivery:
         FileExistsError, OSError: if it cannot be written there.
     """
 
-    def __init__(self, folder: str | Path, base_model: str) -> None:
+    def __init__(self, folder: str | Path, base_model: str, config: CIRConfig) -> None:
         self._folder, self._base_model = check_output(str(folder), overwrite=False), base_model
+        self._config = config
         self._factors: Factors = {}
 
     @torch.no_grad()
@@ -38,18 +40,17 @@ class Delivery:
         Its rank is the least that holds ``adapter_energy`` of the squared norm of all deltas; where the model is not
         what it was with them, twice that and so on, and ``adapter_rank`` at most.
         """
-        config, whole = report.config, report.after
-        assert isinstance(config, CIRConfig)
-        most = config.adapter_rank
-        squared, held, pairs = 0.0, torch.zeros(most, dtype=torch.float64), Factors()
+        config, whole = self._config, report.after
+        squared, held, pairs = 0.0, torch.zeros(config.adapter_rank, dtype=torch.float64), Factors()
         for target in targets:
             delta = target.parameter
             squared += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
-            b, a = truncated(None, delta[None], most, 1.0)[0]
+            b, a = truncated(None, delta[None], config.adapter_rank, 1.0)[0]
             pairs[target.name] = b.to(delta.dtype), a.to(delta.dtype)
             held[: len(b)] += (b.double().square().sum(1) * a.double().square().sum(1)).cpu()
         if not squared:
             logger.warning("nothing was forgotten within the budget: the adapter changes nothing")
+        most = max(len(b) for b, _ in pairs.values())
         rank = min(int((held.cumsum(0) < config.adapter_energy * squared).sum()) + 1, most)
         while True:
             self._factors = {name: (b[:rank], a[:rank]) for name, (b, a) in pairs.items()}
@@ -75,10 +76,5 @@ def _wrong(now: Measure, whole: Measure, config: CIRConfig) -> str:
     """What a model measured ``now`` has lost of one that was forgotten on the ``whole``, in words, if anything."""
     if not is_inside(now, config.budget, config.worst_window):
         return f"the text loss rises by {now.rise:+.3%}, which is above the budget"
-    if (
-        now.mean_recall is not None
-        and whole.mean_recall is not None
-        and now.mean_recall > whole.mean_recall + RETURNED
-    ):
-        return f"recall is {now.mean_recall:.3f} in place of {whole.mean_recall:.3f}"
-    return ""
+    recall, before = now.mean_recall or 0.0, whole.mean_recall or 0.0
+    return f"recall is {recall:.3f} in place of {before:.3f}" if recall > before + RETURNED else ""

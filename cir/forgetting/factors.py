@@ -1,4 +1,4 @@
-"""Low-rank changes of weights: found, added to weights, and written as adapters."""
+"""Low-rank changes of weights: found, and written as adapters."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cir.forgetting.update import Factors
 from cir.model.capture import Tokens
 from cir.model.sites import Part, Target
 from cir.system.writing import check_output, write_folder
-from cir_kernels import outer_norm_sq, outer_update_
+from cir_kernels import outer_norm_sq
 
-Factors = dict[str, tuple[Tensor, Tensor]]
-"""By linear: B (r, D_out) and A (r, D_in), of which B^T A is added to its weight."""
 LORA_FILES = ("adapter_model.safetensors", "adapter_config.json")
 """Of an adapter, as ``peft`` names them."""
 ENTRIES = 2**24
@@ -55,22 +54,6 @@ def write_lora(folder: str | Path, factors: Factors, base_model: str = "") -> No
         (partial / LORA_FILES[1]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     write_folder(check_output(str(folder), overwrite=False), fill)
-
-
-@torch.no_grad()
-def add_factors(
-    targets: Sequence[Target], edits: Sequence[Factors], *, sign: int = 1, rounding: str = "nearest"
-) -> None:
-    """W <- W + sign * the sum of the edits' B^T A for each target, rounded once: the same bits each time."""
-    matrices = ((target, name) for target in targets for name in target.names)
-    for place, (target, name) in enumerate(matrices):
-        pairs = [factors[name] for factors in edits if name in factors or not target.experts]
-        if not pairs:
-            continue
-        weight = target.part(name)
-        b, a = (torch.cat(rows).to(weight.device) for rows in zip(*pairs, strict=True))
-        how = rounding if weight.dtype.itemsize == 2 else "nearest"
-        outer_update_(weight, b, a, float(sign), rounding=how, seed=place)
 
 
 def factorise(

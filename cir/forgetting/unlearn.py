@@ -90,11 +90,11 @@ def unlearn(
             been done is measured, and kept inside the budget. Either takes one more copy, on the host, of the weights
             that change.
         on_signal: after Ctrl-C or SIGTERM, ``return`` the report, or ``raise`` KeyboardInterrupt.
-        adapter: a new folder. The weights then stay as they are, to the bit, and a LoRA adapter that peft loads is
-            written there: what in place the model would end as, but for what is left out of the change, see
-            ``adapter_rank`` of :class:`CIRConfig`. The report has the model with the adapter as ``after``, and with
-            all of the change as ``adapter.whole``. Meanwhile a delta is beside each linear of the layers that change
-            which attention puts out through, or that is of the MLP: as much as these would take unquantized.
+        adapter: a new folder. The model's own weights then stay as they are, to the bit, and what makes it forget is
+            written there as a LoRA adapter that peft loads, of ``adapter_rank`` of :class:`CIRConfig` at most; after
+            an exception nothing is. The report's ``after`` is the model with the adapter, its ``adapter.whole`` that
+            with all of the change. Meanwhile there is a delta beside each linear of the layers that change through
+            which attention puts out or which is of an MLP: they take what these linears would unquantized.
         progress: show a progress bar, and what memory is needed.
 
     Returns:
@@ -103,6 +103,7 @@ def unlearn(
     Raises:
         ValueError: on bad facts, text, model or configuration, or contrast facts that are to be forgotten too, before
             anything is changed.
+        FileExistsError, OSError: if ``adapter`` exists or cannot be written, before anything is done.
         MemoryError: if the device has too little for the smallest steps, before anything is changed.
         NonFiniteError: on a NaN or infinite loss or gradient.
         KeyboardInterrupt: after a signal, if ``on_signal`` is ``raise``; the model is in the best state so far.
@@ -112,7 +113,11 @@ def unlearn(
             raise ValueError(f"{name}: expected one of {', '.join(get_args(valid))}, got {value!r}")
     followers = Followers(on_step, on_round)
     config, model = config or CIRConfig(), unwrapped(model)
-    delivery = None if adapter is None else Delivery(adapter, getattr(model, "name_or_path", ""))
+    delivery = None
+    if adapter is not None:
+        if isinstance(config, BreakingConfig):
+            raise ValueError("adapter: expected none with the paper's configuration, which changes most weights")
+        delivery = Delivery(adapter, getattr(model, "name_or_path", ""), config)
     facts = load_facts(facts)
     if told := leaking(facts):
         logger.warning(
@@ -122,8 +127,6 @@ def unlearn(
     if isinstance(config, BreakingConfig):
         if contrast is not None or subspaces is not None:
             raise ValueError("contrast and subspaces: expected none with the paper's configuration, which has no use")
-        if delivery is not None:
-            raise ValueError("adapter: expected none with the paper's configuration, which changes most weights")
         plan = plan_breaking(model, tokenizer, facts, config, **texts, offload=offload, followed=followers.step)
     else:
         if offload == "always":

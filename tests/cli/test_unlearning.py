@@ -56,8 +56,9 @@ def test_an_adapter_is_written_in_place_of_a_model(files, tmp_path, capsys):
     assert run(files, "unlearn", "--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")) == 0
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
-    assert run(files, "unlearn", *GIVEN, "--adapter", "--certify", "--out", str(tmp_path / "c")) == 1
-    assert "--certify: expected a model to be written, got --adapter; certify the merged" in capsys.readouterr().err
+    for other in (["--certify"], ["--preset", "paper"]):
+        assert run(files, "unlearn", *GIVEN, "--adapter", *other, "--out", str(tmp_path / "c")) == 1
+        assert "--adapter: expected neither --certify, which is for models, nor another" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
 
 

@@ -152,9 +152,10 @@ def test_a_budget_that_what_is_left_out_breaks_is_told(knowing, tmp_path, caplog
     def delivered(rank):
         ranks.clear()
         whole = Measure({}, 3.0)
-        report = Report(replace(CONFIG, budget=0.001, adapter_rank=rank, adapter_energy=0.3), "", whole, whole)
+        config = replace(CONFIG, budget=0.001, adapter_rank=rank, adapter_energy=0.3)
+        report = Report(config, "", whole, whole)
         before = [target.parameter.clone() for target in targets]
-        Delivery(tmp_path / "adapter", "").truncate(targets, SimpleNamespace(measure=measure), report)
+        Delivery(tmp_path / "adapter", "", config).truncate(targets, SimpleNamespace(measure=measure), report)
         for target, delta in zip(targets, before, strict=True):
             target.parameter.copy_(delta)
         return report
