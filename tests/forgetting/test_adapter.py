@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import cir
 from cir.config import CIRConfig
 from cir.forgetting.adapter import Delivery
 from cir.forgetting.fitting import Subspaces
+from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.memory import needed_to_forget
 from cir.forgetting.report import Measure, Report
 from cir.model.deltas import with_deltas
@@ -199,6 +202,25 @@ def test_a_run_that_a_callback_ends_delivers_what_it_did(knowing, tokenizer, tmp
     assert cir.evaluate(adapted(knowing, tmp_path / "adapter"), tokenizer, GO).mean_recall == pytest.approx(
         report.after.mean_recall, rel=1e-3
     )
+
+
+@pytest.mark.parametrize("on_signal", ["return", "raise"])
+def test_after_a_signal_the_best_state_so_far_is_delivered(on_signal, knowing, tokenizer, tmp_path, monkeypatch):
+    calls, step = [], Forgetter.step
+
+    def counted(self, batch=0):
+        calls.append(1)
+        if len(calls) == 5:  # in the middle of the second epoch
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(Forgetter, "step", counted)
+    config = replace(CONFIG, check_every=3)
+    with pytest.raises(KeyboardInterrupt) if on_signal == "raise" else contextlib.nullcontext():
+        run(knowing, tokenizer, config=config, adapter=tmp_path / "stopped", on_signal=on_signal)
+    monkeypatch.undo()
+    run(knowing, tokenizer, config=replace(config, max_steps=3), adapter=tmp_path / "three")
+    assert torch.equal(*(logits(adapted(knowing, tmp_path / name)) for name in ("stopped", "three")))
 
 
 def test_the_folder_is_checked_before_anything_starts(knowing, tokenizer, tmp_path):
