@@ -21,7 +21,7 @@ def with_deltas(model: Any, stack: Stack, first_layer: int, *, empty: bool = Fal
     device, and nothing is run, to count what they take.
 
     Raises:
-        ValueError: on experts, or a linear that does not tell what it reads its gradient.
+        ValueError: on experts, or a linear through which no gradient comes back.
     """
     dtype = model.get_input_embeddings().weight.dtype
     upper = [*stack.writers(first_layer), *(t for mlp in stack.mlps[first_layer:] for t in mlp.targets)]

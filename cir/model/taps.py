@@ -86,14 +86,14 @@ def _multiplied(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def norm_through(linear: nn.Module, name: str, width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """The Frobenius norm of the weight of a ``linear`` that shows it by what it makes of the identity alone, as a
-    quantized one. That its gradient is of this weight is checked.
+    """The Frobenius norm of the weight of a ``linear`` where it cannot be read, as it is quantized: that of what the
+    linear makes of the identity. The gradient that comes back through it is checked against the same.
 
     Args:
         name: of it, for errors. width: of its input. dtype: that it reads and puts out.
 
     Raises:
-        ValueError: if it puts out something else, or no gradient, or another, comes back to what it reads.
+        ValueError: if it puts out another dtype, or no gradient, or another, comes back to what it reads.
     """
     squared = 0.0
     for start in range(0, width, ROWS):
