@@ -98,6 +98,8 @@ class CIRConfig:
         full_check: at the end, measure all of that text, and where the loss rose by more than the budget, go back on
             the line to the model as it came. Takes one measurement of the text more at the start, too.
         target_recall: stop once mean recall is at or below this; None to go on until every answer is gone.
+        adapter_rank, adapter_energy: an adapter is of the least rank that holds this share of the squared norm of the
+            change, and of this rank at most.
         seed: of every random choice.
     """
 
@@ -124,6 +126,8 @@ class CIRConfig:
     disruption_tokens: int | None = 32768
     full_check: bool = False
     target_recall: float | None = None
+    adapter_rank: int = 128
+    adapter_energy: float = 0.99
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -136,8 +140,10 @@ class CIRConfig:
             _require(getattr(self, name) < 0, name, "log-odds below 0", getattr(self, name))
         for name in ("contrast_weight", "text_weight", "relearning_steps"):
             _require(getattr(self, name) >= 0, name, "zero or more", getattr(self, name))
-        for name in ("batch_size", "max_steps", "check_every"):
+        for name in ("batch_size", "max_steps", "check_every", "adapter_rank"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        energy = self.adapter_energy
+        _require(0 < energy <= 1, "adapter_energy", "above 0 and at most 1", energy)
         valid = self.rank >= 1 if isinstance(self.rank, int) else 0 < self.rank <= 1
         _require(valid, "rank", "1 or more directions, or a share above 0 and at most 1", self.rank)
         _check_common(self)

@@ -28,7 +28,7 @@ def push_to_hub(
     private: bool = True,
     token: str | None = None,
 ) -> str:
-    """Upload a checkpoint of ``cir unlearn``, or an adapter of :meth:`cir.Edit.export_lora`, in one commit.
+    """Upload a checkpoint or an adapter of ``cir unlearn``, or one of :meth:`cir.Edit.export_lora`, in one commit.
 
     The facts stay here: report.json and certificates, which name them, and config.yaml, which names where they are,
     are not uploaded; the card, README.md, has their number and their hash.
@@ -43,16 +43,15 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        ValueError: on a folder that cir did not write, or that is neither of the two; an adapter without its edit, or
-            another's. Nothing is uploaded then.
+        ValueError: on a folder that cir did not write, or that is none of these; an adapter of an edit without it, or
+            with another. Nothing is uploaded then.
     """
     folder = Path(folder)
     mark = folder / MARK
     if not mark.is_file() or mark.read_text(encoding="utf-8", errors="replace") != WRITTEN:
         raise ValueError(f"{folder}: expected a folder written by cir, got one without its mark {MARK}")
-    card = (
-        _of_adapter(folder, edit, base_model) if (folder / ADAPTER).is_file() else _of_run(folder, edit, base_model)
-    )
+    of_edit = (folder / ADAPTER).is_file() and not (folder / REPORT).is_file()
+    card = (_of_adapter if of_edit else _of_run)(folder, edit, base_model)
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files: dict[str, Any] = {name: path for name, path in paths.items() if not _stays(name)}
 
@@ -72,8 +71,9 @@ def _stays(name: str) -> bool:
 
 def _of_run(folder: Path, edit: Edit | None, base_model: str | None) -> Any:
     if edit is not None:
-        raise ValueError(f"edit: expected one with an adapter alone, got one with {folder}, which is none")
-    for name in (REPORT, "config.json"):
+        raise ValueError(f"edit: expected one with an adapter alone, got one with {folder}, which is of a run")
+    adapter = (folder / ADAPTER).is_file()
+    for name in (REPORT, ADAPTER if adapter else "config.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: expected what `cir unlearn` or Edit.export_lora wrote, got no {name}")
     if not any(folder.glob("*.safetensors")):
@@ -87,13 +87,15 @@ def _of_run(folder: Path, edit: Edit | None, base_model: str | None) -> Any:
     if certificate.is_file():
         digest = hashlib.sha256(certificate.read_bytes()).hexdigest()
         section += f"\n\nThere is a certificate, which names the facts and so is not here. Its SHA-256 is `{digest}`."
+    if adapter:
+        return model_card(section, base_model=base_model or _named(folder), library="peft")
     return model_card(section, base_model=base_model)
 
 
 def _of_adapter(folder: Path, edit: Edit | None, base_model: str | None) -> Any:
     if edit is None:
         raise ValueError(f"edit: expected the edit of which {folder} is the adapter, got none")
-    named = strict_json(ADAPTER, (folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    named = _base(folder)
     with tempfile.TemporaryDirectory() as place:
         same = Path(place) / "adapter"
         edit.export_lora(same, named)
@@ -101,6 +103,15 @@ def _of_adapter(folder: Path, edit: Edit | None, base_model: str | None) -> Any:
             if not (folder / name).is_file() or (folder / name).read_bytes() != (same / name).read_bytes():
                 raise ValueError(f"{folder / name}: expected that of edit {edit.number}, got another or none")
     section = section_of_edit(edit, hash_facts([edit.fact]), library_versions())
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named) and not Path(named).exists():
-        base_model = base_model or named  # and not a place on this machine
-    return model_card(section, base_model=base_model, library="peft")
+    return model_card(section, base_model=base_model or _named(folder), library="peft")
+
+
+def _base(folder: Path) -> str:
+    """The model that an adapter says it is of."""
+    return strict_json(ADAPTER, (folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+
+
+def _named(folder: Path) -> str | None:
+    """The same, unless it is a place on this machine."""
+    named = _base(folder)
+    return named if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named) and not Path(named).exists() else None

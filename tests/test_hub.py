@@ -129,6 +129,20 @@ def test_an_adapter_goes_up_with_the_card_of_its_edit(edit, tmp_path, hub):
     assert not [text for text in names_of([FACTS[8]]) if text in card.content]
 
 
+def test_an_adapter_of_a_run_goes_up_with_the_card_of_the_run(written, edit, tmp_path, hub):
+    words = ["--config", str(written / "config.yaml"), "--out", str(tmp_path / "adapter"), "--adapter"]
+    assert cli.main(["unlearn", *words, "--quiet"]) == 0
+    cir.push_to_hub(tmp_path / "adapter", "adapter", base_model="some/llama")
+    assert hub.files.keys() == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    card = huggingface_hub.ModelCard(hub.files["README.md"].decode())
+    assert (card.data.base_model, card.data.library_name) == ("some/llama", "peft")
+    held = json.loads((tmp_path / "adapter" / "report.json").read_text())["adapter"]
+    assert f"| adapter | rank {held['rank']}, {held['energy']:.1%} of the change |" in card.content
+    assert not [text for text in names_of(FACTS[:6]) if text in card.content]
+    with pytest.raises(ValueError, match="edit: expected one with an adapter alone"):
+        cir.push_to_hub(tmp_path / "adapter", "adapter", edit=edit)
+
+
 def test_a_place_on_this_machine_is_no_base_model(edit, tmp_path, hub, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()

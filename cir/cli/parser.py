@@ -145,6 +145,12 @@ def _add_unlearn(commands: Any, parents: list[Parser]) -> None:
     command.add_argument("--model", help=f"{MODEL_HELP}; here or in --config")
     command.add_argument("--out", required=True, help=OUT_HELP)
     command.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write a LoRA adapter in place of a checkpoint; the model may be quantized",
+    )
+    command.add_argument("--adapter-rank", type=count, metavar="R", help="rank of the adapter at most (default: 128)")
+    command.add_argument(
         "--config",
         metavar="FILE",
         help="YAML or JSON that gives options by name; those given here go first. Every run writes such a file, "

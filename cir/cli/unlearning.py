@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from cir.cli.output import DONE, FAILED, INTERRUPTED, PARTLY, Outcome, complain,
 from cir.cli.settings import NAME, used
 from cir.config import BreakingConfig
 from cir.data.facts import Fact
+from cir.forgetting.factors import LORA_FILES
 from cir.model.checkpoints import load_model, weights_of
 from cir.proof.certificate import Witness
 from cir.system.signals import Held
@@ -25,9 +28,17 @@ HIGH = 0.1
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
+    with tempfile.TemporaryDirectory() as place:
+        return _run(arguments, Path(place, "adapter") if arguments.adapter else None)
+
+
+def _run(arguments: argparse.Namespace, adapter: Path | None) -> Outcome:
+    """``adapter``: where one is to be written for a while, if it is to be in place of a model."""
     # Everything that can be wrong is found before the model is loaded.
     nbytes, _ = weights_of(arguments.model, arguments.dtype)
-    out = check_output(arguments.out, arguments.overwrite, paths(arguments), nbytes)
+    out = check_output(arguments.out, arguments.overwrite, paths(arguments), nbytes if adapter is None else 0)
+    if adapter is not None and (arguments.certify or arguments.preset != "default"):
+        raise ValueError("--adapter: expected neither --certify, which is for models, nor another preset")
     inputs = Inputs.read(vars(arguments))
     base = CIRConfig.preset(arguments.preset)
     config = replace(base, **_given(arguments, base))
@@ -54,14 +65,19 @@ def run(arguments: argparse.Namespace) -> Outcome:
         config=config,
         subspaces=subspaces,
         offload=arguments.offload,
+        adapter=adapter,
         progress=not arguments.quiet,
     )
     method = {"name": "CIR", "model": arguments.model, **asdict(report.config)}
     certificate, failed = (None, None) if witness is None else certified(witness, method)
 
     def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if adapter is None:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        else:
+            for name in LORA_FILES:
+                shutil.copy(adapter / name, folder)
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
         (folder / NAME).write_text(used(arguments, config), encoding="utf-8")
         if certificate is not None:
@@ -91,7 +107,7 @@ def _given(arguments: argparse.Namespace, base: Any) -> dict[str, Any]:
     """The settings among ``arguments``, of which the preset ``base`` must have each."""
     names = (
         *("budget", "worst_window", "disruption_tokens", "full_check", "target_recall", "rounding", "seed"),
-        *("floor", "max_steps", "layers", "max_length", "rate", "max_epochs"),
+        *("floor", "max_steps", "layers", "max_length", "rate", "max_epochs", "adapter_rank"),
     )
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     known = {field.name for field in fields(base)}
@@ -113,6 +129,8 @@ def _tell(report: Report, out: Path) -> None:
     if before.mean_recall is not None and after.mean_recall is not None:
         say(f"recall     {before.mean_recall:.3f} -> {after.mean_recall:.3f}")
     say(f"text loss  {before.loss:.4f} -> {after.loss:.4f} ({after.rise:+.2%}, budget {report.config.budget:+.2%})")
+    if report.adapter is not None:
+        say(f"adapter    rank {report.adapter.rank}, {report.adapter.energy:.1%} of the change")
     say(f"layers     {report.layers[0]} to {report.layers[1]} changed")
     say(f"stopped    {report.stopped}, after {report.seconds['total']:.0f} s")
     if (what := advice(report)) is not None:

@@ -14,7 +14,7 @@ from cir.data.facts import Fact, load_facts, probed
 from cir.data.sampling import index, sample
 from cir.data.shipped import builtin_text
 from cir.data.tokens import statements, windows
-from cir.editing.edits import Edit, State, add_factors, factorise
+from cir.editing.edits import Edit, State
 from cir.editing.errors import AlreadyForgottenError, EditError, UnknownFactError
 from cir.editing.history import History
 from cir.editing.journal import Journal, JournalError, Record
@@ -22,11 +22,12 @@ from cir.editing.looks import Looks
 from cir.editing.turns import Turns
 from cir.forgetting.budget import RETREATS
 from cir.forgetting.events import Followers, OnStep
+from cir.forgetting.factors import factorise
 from cir.forgetting.fitting import Subspaces, check_fitted_on
 from cir.forgetting.forgetter import Forgetter, Step
 from cir.forgetting.memory import tokens_at_once
 from cir.forgetting.questions import Probed, Sentence, sentences
-from cir.forgetting.update import fingerprint, restore, snapshot
+from cir.forgetting.update import add_factors, fingerprint, restore, snapshot
 from cir.measures import WINDOW, recall
 from cir.model.capture import AnswerCapture, Tokens, answering
 from cir.model.finding import find_stack

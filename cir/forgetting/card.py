@@ -33,6 +33,7 @@ def section_of_run(report: Mapping[str, Any]) -> str:
         "loss on ordinary text": f"{_number(before['loss'], '.4f')} → {_number(after['loss'], '.4f')} nats a token",
         **_harm(after, config["budget"], config["worst_window"]),
         "layers changed": f"{first} to {last}",
+        **_adapter(report.get("adapter")),
         "ended": report["stopped"],
         "versions": _versions(report["versions"]),
     }
@@ -55,6 +56,10 @@ def section_of_edit(edit: Any, facts_hash: str, versions: Mapping[str, str]) -> 
         "versions": _versions(versions),
     }
     return f"# A fact forgotten\n\n{_table(rows)}\n\n{_check(facts_hash)}\n\n{LIMITS}"
+
+
+def _adapter(held: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"adapter": f"rank {held['rank']}, {held['energy']:.1%} of the change"} if held else {}
 
 
 def _facts(count: int, digest: str) -> dict[str, Any]:

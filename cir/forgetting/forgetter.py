@@ -94,7 +94,7 @@ class Forgetter:
         self._random = random.Random(config.seed)
         device = targets[0].weight.device
         self._at_once = at_once = at_once or tokens_of_a_step(device)
-        self._weight = _norm([target.parameter for target in targets])
+        self._weight = _norm(targets)
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
         self._spare: list[Tensor] | None = None
         self._written, self._taught = (names_of(sites_of(of)) for of in (targets, tape.mlps))
@@ -342,8 +342,8 @@ def _replaced(now: Rows, then: Rows, floors: Tensor, returned: float) -> tuple[R
 
 
 @torch.no_grad()
-def _norm(weights: Sequence[Tensor]) -> float:
-    return sum(float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2 for weight in weights) ** 0.5
+def _norm(targets: Sequence[Target]) -> float:
+    return sum(float(target.norm(torch.float64)) ** 2 for target in targets) ** 0.5
 
 
 def _mean(values: Sequence[float]) -> float:

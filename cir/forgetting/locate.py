@@ -208,22 +208,27 @@ def _hooked(
         yield
 
 
-def located(model: Any, tokenizer: Any, facts: Sequence[Fact], config: CIRConfig) -> CIRConfig:
+def located(
+    model: Any, tokenizer: Any, facts: Sequence[Fact], config: CIRConfig, quantized: bool = False
+) -> CIRConfig:
     """``config`` with ``layers`` where the model at hand has ``facts``, unless it says so itself.
 
     That is from :data:`BELOW` under the layer of :func:`pair_layer` on; without such a layer it comes back as it is.
+    ``quantized``: whether the model may be.
     """
     if config.layers is not None:
         return config
-    depth = len(find_stack(model).mlps)
-    first = pair_layer(model, tokenizer, facts, max_length=config.max_length)
+    depth = len(find_stack(model, quantized).mlps)
+    first = pair_layer(model, tokenizer, facts, max_length=config.max_length, quantized=quantized)
     if first is None:
         return config
     return replace(config, layers=(depth - max(first - round(BELOW * depth), 0)) / depth)
 
 
 @torch.no_grad()
-def pair_layer(model: Any, tokenizer: Any, facts: Sequence[Fact], *, max_length: int = 128) -> int | None:
+def pair_layer(
+    model: Any, tokenizer: Any, facts: Sequence[Fact], *, max_length: int = 128, quantized: bool = False
+) -> int | None:
     """The layer in which what tells ``facts`` apart reaches the token that predicts the answer; nothing is changed.
 
     By interchange intervention (arXiv 2106.02997): before a layer, the state of that token is put in the place of
@@ -238,7 +243,7 @@ def pair_layer(model: Any, tokenizer: Any, facts: Sequence[Fact], *, max_length:
     Raises:
         ValueError: on a sentence of more than ``max_length`` tokens or of one.
     """
-    stack = find_stack(model)
+    stack = find_stack(model, quantized)
     facts = facts[:: -(-len(facts) // ASKED) or 1]
     if len(facts) < 2:
         return None

@@ -93,8 +93,9 @@ def needed_to_forget(
     device: torch.device | None = None,
 ) -> Need:
     """What :func:`cir.unlearn` takes, by counting: bases, the moments that they are solved from and, without a GPU,
-    copies of the updated and of the relearned weights; hidden states of what is measured of ``text`` tokens; the rows
-    of a step's tokens, twice, at about four sentences a fact. ``device``: of the model, where it is not there yet.
+    copies of the updated and of the relearned weights; deltas beside all of these, where they are left as they are;
+    hidden states of what is measured of ``text`` tokens; the rows of a step's tokens, twice, at about four sentences
+    a fact. ``device``: of the model, where it is not there yet.
     """
     device = device or model.device
     sites = sites_of(targets)
@@ -111,10 +112,13 @@ def needed_to_forget(
     held, moments = bases, max(0, _moments(ranks) - bases)
     hidden, inner = _widths(model, stack)
     depth = sum(mlp.down in targets for mlp in stack.mlps)
+    relearned = [target for mlp in stack.mlps[-depth:] for target in mlp.targets]
+    beside = {target.name: target.weight.nbytes for target in [*targets, *relearned] if target.delta is not None}
+    held += sum(beside.values())
     layers = depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner)
     if device.type != "cuda":
         held += (3 if config.full_check else 2) * sum(target.weight.nbytes for target in targets)
-        held += sum(target.weight.nbytes for mlp in stack.mlps[-depth:] for target in mlp.targets)
+        held += sum(target.weight.nbytes for target in relearned)
         # A gradient and what a weight becomes, in float32, where it is relearned.
         held += 2 * 4 * max(target.weight.shape[-2:].numel() for target in targets)
     held += min(text, config.disruption_tokens or 0) * hidden * size

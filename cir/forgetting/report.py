@@ -67,6 +67,20 @@ class Epoch:
     kept: bool
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter holds of what a run changed.
+
+    Attributes:
+        rank: of every linear. energy: share of the squared norm of the change that it holds.
+        whole: the model with all of the change; the report's ``after`` is what it is with the adapter.
+    """
+
+    rank: int
+    energy: float
+    whole: Measure
+
+
 @dataclass
 class Report:
     """The outcome of :func:`cir.unlearn`; ``after`` is the model returned. ``layers`` are the first and the last of
@@ -78,7 +92,8 @@ class Report:
     step that was taken: where the collapse leaves little of a fact, it is not to be forgotten within the bounds.
     ``unknown`` names facts that the model did not know to begin with, see :func:`cir.measures.unknown_facts`.
     ``seconds`` is by phase; ``peak_memory`` is bytes, of the GPU where there is one, else of the process;
-    ``predicted_memory`` is what was thought beforehand to be needed beyond the weights.
+    ``predicted_memory`` is what was thought beforehand to be needed beyond the weights. ``adapter`` is what was
+    written, where the model itself was not to change.
     """
 
     config: CIRConfig | BreakingConfig
@@ -95,12 +110,15 @@ class Report:
     peak_memory: int = 0
     predicted_memory: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON has it: a figure that is NaN or infinite is None."""
         plain = asdict(self)
         for name in ("before", "after"):
             plain[name]["mean_recall"] = getattr(self, name).mean_recall
+        if self.adapter is not None:
+            plain["adapter"]["whole"]["mean_recall"] = self.adapter.whole.mean_recall
         for epoch, source in zip(plain["epochs"], self.epochs, strict=True):
             epoch["measure"]["mean_recall"] = source.measure.mean_recall
         return {name: _finite(value) for name, value in plain.items()}

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from cir.config import BreakingConfig, CIRConfig
 from cir.data.facts import Fact, check_contrast, leaking, load_facts
 from cir.data.shipped import builtin_contrast
+from cir.forgetting.adapter import Delivery
 from cir.forgetting.batches import chosen, split_text
 from cir.forgetting.budget import Best, Meter, reached
 from cir.forgetting.events import Followers, OnRound, OnStep
@@ -35,8 +36,9 @@ from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import unknown_facts
 from cir.model.capture import answering
+from cir.model.deltas import with_deltas
 from cir.model.finding import find_stack
-from cir.model.sites import unwrapped
+from cir.model.sites import is_opaque, unwrapped
 from cir.system.signals import stop_on_signals
 
 logger = logging.getLogger(__name__)
@@ -58,9 +60,10 @@ def unlearn(
     on_step: OnStep | None = None,
     on_round: OnRound | None = None,
     on_signal: OnSignal = "return",
+    adapter: str | Path | None = None,
     progress: bool = True,
 ) -> Report:
-    """Make ``model`` forget ``facts``, in place; docs/method.md tells how.
+    """Make ``model`` forget ``facts``, in place or by an adapter; docs/method.md tells how.
 
     The model ends in the best state found whose loss on the disruption text rose by no more than the budget
     (by one standard error less, where only a part of the text is measured). Best is the lowest mean recall or,
@@ -68,7 +71,9 @@ def unlearn(
     best state so far, and so does an exception, but for one of a callback: after that the model is as it came in.
 
     Args:
-        model: a causal LM of Hugging Face transformers, see docs/families.md, in float32, bfloat16 or float16.
+        model: a causal LM of Hugging Face transformers, see docs/families.md, in float32, bfloat16 or float16;
+            with ``adapter`` also one whose linears are quantized: subclasses of nn.Linear, as those of bitsandbytes,
+            or with weights that are tensor subclasses, as torchao's.
         tokenizer: its tokenizer.
         facts: what :func:`cir.load_facts` reads: a path, facts, or sentences.
         contrast: facts that must stay: of the same relations with other subjects, and about the same subjects. The
@@ -85,6 +90,11 @@ def unlearn(
             been done is measured, and kept inside the budget. Either takes one more copy, on the host, of the weights
             that change.
         on_signal: after Ctrl-C or SIGTERM, ``return`` the report, or ``raise`` KeyboardInterrupt.
+        adapter: a new folder. The model's own weights then stay as they are, to the bit, and what makes it forget is
+            written there as a LoRA adapter that peft loads, of ``adapter_rank`` of :class:`CIRConfig` at most; after
+            an exception nothing is. The report's ``after`` is the model with the adapter, its ``adapter.whole`` that
+            with all of the change. Meanwhile there is a delta beside each linear of the layers that change through
+            which attention puts out or which is of an MLP: they take what these linears would unquantized.
         progress: show a progress bar, and what memory is needed.
 
     Returns:
@@ -93,6 +103,7 @@ def unlearn(
     Raises:
         ValueError: on bad facts, text, model or configuration, or contrast facts that are to be forgotten too, before
             anything is changed.
+        FileExistsError, OSError: if ``adapter`` exists or cannot be written, before anything is done.
         MemoryError: if the device has too little for the smallest steps, before anything is changed.
         NonFiniteError: on a NaN or infinite loss or gradient.
         KeyboardInterrupt: after a signal, if ``on_signal`` is ``raise``; the model is in the best state so far.
@@ -102,6 +113,11 @@ def unlearn(
             raise ValueError(f"{name}: expected one of {', '.join(get_args(valid))}, got {value!r}")
     followers = Followers(on_step, on_round)
     config, model = config or CIRConfig(), unwrapped(model)
+    delivery = None
+    if adapter is not None:
+        if isinstance(config, BreakingConfig):
+            raise ValueError("adapter: expected none with the paper's configuration, which changes most weights")
+        delivery = Delivery(adapter, getattr(model, "name_or_path", ""), config)
     facts = load_facts(facts)
     if told := leaking(facts):
         logger.warning(
@@ -126,11 +142,24 @@ def unlearn(
         else:
             kept = load_facts(contrast) if isinstance(contrast, str | Path) or len(contrast) else []
         followed = None if on_step is None else followers.step
-        plan = _plan(model, tokenizer, facts, kept, config, subspaces, **texts, followed=followed, progress=progress)
+        plan = _plan(
+            model,
+            tokenizer,
+            facts,
+            kept,
+            config,
+            subspaces,
+            **texts,
+            beside=delivery is not None,
+            followed=followed,
+            progress=progress,
+        )
     if progress:
         needed = f"about {plan.memory / 2**30:.2f} GiB are needed beyond the weights"
         tqdm.write(f"{needed}{plan.waiting}", file=sys.stderr)
-    report = _run(model, tokenizer, facts, config, plan, followers, progress)
+    report = _run(model, tokenizer, facts, config, plan, followers, delivery, progress)
+    if delivery is not None:
+        delivery.write()
     if on_signal == "raise" and followers.stop.is_set():
         raise KeyboardInterrupt("a signal ended the run; the model is in its best state so far")
     return report
@@ -146,23 +175,30 @@ def _plan(
     *,
     retain: str | None,
     disruption: str | None,
+    beside: bool,
     followed: Callable[[int, float, int], object] | None,
     progress: bool,
 ) -> Plan:
-    """Steps along what is specific to each fact, until all are gone."""
+    """Steps along what is specific to each fact, until all are gone: of weights, or of deltas ``beside`` them."""
     check_contrast(facts, contrast)
-    stack = find_stack(model)
+    stack = find_stack(model, quantized=beside)
     text, measured = split_text(tokenizer, retain, disruption, config)
     if subspaces is None:
-        first = located(model, tokenizer, [*facts, *contrast], config).first_layer(len(stack.mlps))
-        targets = stack.writers(first)
+        every = [*facts, *contrast]
+        first = located(model, tokenizer, every, config, quantized=beside).first_layer(len(stack.mlps))
     else:
         first = subspaces.fitted_on.get("layers", [0])[0]
-        targets = stack.writers(first)
-        check_fitted_on(subspaces, fingerprint(targets))
+        if any(map(is_opaque, stack.writers(first))):
+            raise ValueError("subspaces: expected none for a quantized model; give contrast facts")
+        check_fitted_on(subspaces, fingerprint(stack.writers(first)))
+    counted = with_deltas(model, stack, first, empty=True) if beside else stack
+    targets = counted.writers(first)
     config.check_rounding(targets[0].weight.dtype)
     rows = chosen(text, config)
-    need = fits(model, needed_to_forget(model, stack, targets, measured.numel(), config))
+    need = fits(model, needed_to_forget(model, counted, targets, measured.numel(), config))
+    if beside:
+        stack = with_deltas(model, stack, first)
+        targets = stack.writers(first)
 
     @contextmanager
     def opened(on_step: Callable[[], object], stop: threading.Event) -> Iterator[Run]:
@@ -216,6 +252,7 @@ def _run(
     config: CIRConfig | BreakingConfig,
     plan: Plan,
     followers: Followers,
+    delivery: Delivery | None,
     progress: bool,
 ) -> Report:
     clock, started = Clock(model.device), time.perf_counter()
@@ -270,6 +307,11 @@ def _run(
             if whole is not meter and report.stopped != "interrupted":
                 with clock.phase("measure"):
                     best.confirm(whole)
+                    meter = whole
+            if delivery is not None:
+                restore(plan.targets, best.weights)
+                with clock.phase("adapter"):
+                    delivery.truncate(plan.targets, meter, report)
         finally:
             restore(plan.targets, untouched if followers.failed else best.weights)
     if report.unforgotten:

@@ -21,6 +21,8 @@ from cir_kernels import outer_norm_sq, outer_update_
 PHASE = "cir::"
 """Before the names of what :func:`phase` marks."""
 
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""By linear: B (r, D_out) and A (r, D_in), of which B^T A is added to its weight."""
 
 running: list[str] = []
 """The phases that have begun, the outermost first."""
@@ -111,9 +113,9 @@ def plain_step(
 
 @torch.no_grad()
 def sizes(targets: Sequence[Target]) -> list[Tensor]:
-    """Root mean square of each weight, as scalars on their devices."""
+    """Root mean square of each weight that the model came with, as scalars on their devices."""
     weights = [target.parameter for target in targets]
-    norms = [torch.linalg.vector_norm(w, dtype=at_least_float32(w[:0]).dtype) for w in weights]
+    norms = [t.norm(at_least_float32(w[:0]).dtype) for t, w in zip(targets, weights, strict=True)]
     return [norm / weight.numel() ** 0.5 for norm, weight in zip(norms, weights, strict=True)]
 
 
@@ -236,3 +238,19 @@ def add_outer(
                 remainders[part.name] = torch.zeros_like(weight, dtype=torch.int16)
             remainder = remainders[part.name]
         outer_update_(weight, part.gradient, part.activation, scale, rounding=how, seed=number, remainder=remainder)
+
+
+@torch.no_grad()
+def add_factors(
+    targets: Sequence[Target], edits: Sequence[Factors], *, sign: int = 1, rounding: str = "nearest"
+) -> None:
+    """W <- W + sign * the sum of the edits' B^T A for each target, rounded once: the same bits each time."""
+    matrices = ((target, name) for target in targets for name in target.names)
+    for place, (target, name) in enumerate(matrices):
+        pairs = [factors[name] for factors in edits if name in factors or not target.experts]
+        if not pairs:
+            continue
+        weight = target.part(name)
+        b, a = (torch.cat(rows).to(weight.device) for rows in zip(*pairs, strict=True))
+        how = rounding if weight.dtype.itemsize == 2 else "nearest"
+        outer_update_(weight, b, a, float(sign), rounding=how, seed=place)

@@ -17,7 +17,7 @@ from cir.data.tokens import Batch
 from cir.model.norms import fused_norms
 from cir.model.packing import packed_inputs
 from cir.model.sites import Site, Stack, Target
-from cir.model.taps import TappedLinear, replace_forward, run_all_experts, run_experts, runs_all
+from cir.model.taps import TappedLinear, keep_packed, replace_forward, run_all_experts, run_experts, runs_all
 
 Tokens = dict[str, Tensor]
 """Rows (T, width) at each site, by site name; of experts (T, k, width), and by the name of their routes which (T, k).
@@ -125,8 +125,12 @@ class Capture:
         def record(grad: Tensor) -> None:
             self._record(target.gradient, grad)
 
+        base: Callable[[Tensor], Tensor] = target.linear.forward
+
         def forward(x: Tensor) -> Tensor:
             self._record(target.activation, x)
+            if target.delta is not None:
+                return base(x) + TappedLinear.apply(x, self._tap, target.weight, None, record)
             return TappedLinear.apply(x, self._tap, target.weight, target.bias, record)
 
         return forward
@@ -302,6 +306,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     trained meanwhile.
     """
     with ExitStack() as undo:
+        keep_packed(undo, model)
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         for device in {parameter.device.type for parameter in model.parameters()} - {"meta"}:

@@ -98,7 +98,7 @@ def load_model(
 
 
 def weights_of(source: str | Path, dtype: str = "auto") -> tuple[int, torch.dtype]:
-    """Bytes and type of a model's weights, of which none are read.
+    """Bytes and type of a model's weights, of which none are read; of a quantized one in a folder, the bytes there.
 
     Raises:
         OSError, ValueError: as :func:`load_model`.
@@ -125,6 +125,8 @@ def weights_of(source: str | Path, dtype: str = "auto") -> tuple[int, torch.dtyp
         raise ValueError(
             f"{source}: expected a causal language model that transformers has the code of, got {_first_line(error)}"
         ) from error
+    if hasattr(config, "quantization_config") and Path(name).is_dir():
+        return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")), model.dtype
     return sum(p.numel() * p.element_size() for p in model.parameters()), model.dtype
 
 

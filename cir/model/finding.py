@@ -10,22 +10,23 @@ from typing import Any
 
 from torch import nn
 
-from cir.model.sites import MLP, Site, Stack, Target, check_editable, is_linear, matrix_of
+from cir.model.sites import MLP, Site, Stack, Target, check_editable, is_linear, shape_of
 from cir.model.taps import is_experts, matrices_of, readers_of, runs_all
 
 
-def find_stack(model: nn.Module) -> Stack:
+def find_stack(model: nn.Module, quantized: bool = False) -> Stack:
     """Find the decoder layers of a causal LM and the MLP in each.
 
     An MLP is known by its shape and not by its name: a module, or the layer itself, whose own linears are a down
     projection F -> D, and two D -> F (Llama, Mistral, Qwen, Gemma), one D -> 2F (Phi-3, GLM-4) or one D -> F
     (GPT-NeoX, OPT, Falcon, Phi, StarCoder2). Experts are known by what their module says of itself, and by saying
-    the same as :func:`cir.model.taps.run_experts`.
+    the same as :func:`cir.model.taps.run_experts`. ``quantized``: whether linears may be, of which then only deltas
+    change, see :func:`cir.model.deltas.with_deltas`.
 
     Raises:
         ValueError: if the model has no such MLP in every decoder layer, or experts of another kind, if its weights
-            are quantized, on the meta device, shared between layers or made of others, or if it has adapters or is
-            compiled in part or in place.
+            are quantized and must not be, on the meta device, shared between layers or made of others, or if it has
+            adapters or is compiled in part or in place.
     """
     _check_as_it_is(model)
     root, found = _found_mlps(model)
@@ -41,11 +42,11 @@ def find_stack(model: nn.Module) -> Stack:
         raise ValueError(f"expected an MLP of linears in every layer of {holder}, got none in {missing}")
     prefix = next(name for name, module in model.named_modules() if module is root)
     mlps = tuple(_mlp(prefix, modules, f"{holder}.{layer}", found[holder][layer]) for layer in sorted(found[holder]))
-    check_editable([target for mlp in mlps for target in mlp.targets])
+    check_editable([target for mlp in mlps for target in mlp.targets], quantized)
     parent, _, attribute = holder.rpartition(".")
     if "input_ids" not in signature(modules[parent].forward).parameters:
         raise ValueError(f"expected layers that are run on input_ids, got those of {type(modules[parent]).__name__}")
-    return Stack(modules[parent], attribute, mlps, f"{prefix}.{holder}".lstrip("."))
+    return Stack(modules[parent], attribute, mlps, f"{prefix}.{holder}".lstrip("."), quantized)
 
 
 def _check_as_it_is(model: nn.Module) -> None:
@@ -151,7 +152,7 @@ def _linears_of_mlp(module: nn.Module, width: int | None) -> list[str] | None:
     """Names of the linears that are direct children of an MLP, down last; None of anything else. By shape alone a
     plain MLP could be read both ways round: ``width`` is that of the residual stream.
     """
-    linears = {name: matrix_of(child).shape for name, child in module.named_children() if is_linear(child)}
+    linears = {name: shape_of(child) for name, child in module.named_children() if is_linear(child)}
     if len(linears) not in (2, 3) or "attention" in type(module).__name__.lower():
         return None
     for name, (hidden, inner) in linears.items():
@@ -189,11 +190,11 @@ def _mlp(prefix: str, modules: Mapping[str, nn.Module], layer: str, found: _Foun
 
 def _dense(name: str, module: nn.Module, order: list[str]) -> list[Target]:
     *readers, down = (module.get_submodule(child) for child in order)
-    read = Site(f"{name}.in", matrix_of(readers[0]).shape[1], "activation")
-    hidden = Site(f"{name}.{order[-1]}.in", matrix_of(down).shape[1], "activation")
+    read = Site(f"{name}.in", shape_of(readers[0])[1], "activation")
+    hidden = Site(f"{name}.{order[-1]}.in", shape_of(down)[1], "activation")
 
     def target(child: str, linear: nn.Module, site: Site) -> Target:
-        gradient = Site(f"{name}.{child}.out", len(matrix_of(linear)), "gradient")
+        gradient = Site(f"{name}.{child}.out", shape_of(linear)[0], "gradient")
         return Target(linear, site, gradient, f"{name}.{child}.weight")
 
     read_by = [target(child, linear, read) for child, linear in zip(order, readers, strict=False)]

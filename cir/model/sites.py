@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from cir.model.taps import hit, matrices_of, run_all_experts, run_experts, runs_all
+from cir.model.taps import hit, keep_packed, matrices_of, run_all_experts, run_experts, runs_all
 
 EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,6 +72,18 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Delta:
+    """What is added to a linear that stays as it is, quantized say: y = linear(x) + x ``value``^T.
+
+    Attributes:
+        value: (D_out, D_in), which is what changes. norm: the Frobenius norm of the linear's own weight.
+    """
+
+    value: nn.Parameter
+    norm: float
+
+
+@dataclass(frozen=True)
 class Target:
     """A linear to be edited, with the sites of its input A (T, D_in) and output gradient G (T, D_out); or all
     experts of a layer, E matrices (D_out, D_in) in one parameter.
@@ -82,6 +94,8 @@ class Target:
     gradient: Site
     parameter_name: str
     """Within the model."""
+    delta: Delta | None = field(default=None, compare=False)
+    """What changes in place of its weight, if anything does: then that is its ``parameter`` and ``weight``."""
 
     @property
     def sites(self) -> tuple[Site, Site]:
@@ -101,6 +115,8 @@ class Target:
     @property
     def parameter(self) -> nn.Parameter:
         """Its weight as the model keeps it."""
+        if self.delta is not None:
+            return self.delta.value
         return cast(nn.Parameter, getattr(self.linear, self.parameter_name.rpartition(".")[2]))
 
     @property
@@ -108,9 +124,17 @@ class Target:
         """Its weight (D_out, D_in), of experts (E, D_out, D_in): the parameter, or a view of it; what is written
         there changes the model.
         """
+        if self.delta is not None:
+            return self.delta.value
         if self.experts:
             return matrices_of(self.linear, self.parameter_name.rpartition(".")[2])
         return matrix_of(self.linear)
+
+    def norm(self, dtype: torch.dtype) -> Tensor:
+        """The Frobenius norm of the weight that the model came with, a scalar of ``dtype`` on its device."""
+        if self.delta is not None:
+            return self.parameter.new_tensor(self.delta.norm, dtype=dtype)
+        return torch.linalg.vector_norm(self.parameter, dtype=dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -174,6 +198,10 @@ class Stack:
     mlps: tuple[MLP, ...]
     path: str
     """The model's own name of that list."""
+    quantized: bool = False
+    """Whether its linears may be quantized: then only deltas beside them can change."""
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    """Of the linears that have one, by name."""
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -193,7 +221,7 @@ class Stack:
         found = []
         for number in range(first_layer, len(self.mlps)):
             found += [self._attention_output(number), *self.mlps[number].writers]
-        check_editable(found)
+        check_editable(found, self.quantized)
         return found
 
     def _attention_output(self, number: int) -> Target:
@@ -203,7 +231,7 @@ class Stack:
         linears = [
             (name, module)
             for name, module in self.layers[number].named_modules()
-            if is_linear(module) and "." in name and module not in mlp.inside and len(matrix_of(module)) == width
+            if is_linear(module) and "." in name and module not in mlp.inside and shape_of(module)[0] == width
         ]
         if not linears:
             raise ValueError(
@@ -213,8 +241,9 @@ class Stack:
         turns = linears_run(self.decoder)
         name, linear = max(linears, key=lambda found: turns.get(found[1], -1))  # of equals the first is found
         name = f"{self.path}.{number}.{name}"
-        read = Site(f"{name}.in", matrix_of(linear).shape[1], "activation")
-        return Target(linear, read, Site(f"{name}.out", width, "gradient"), f"{name}.weight")
+        read = Site(f"{name}.in", shape_of(linear)[1], "activation")
+        out = Site(f"{name}.out", width, "gradient")
+        return Target(linear, read, out, f"{name}.weight", self.deltas.get(name))
 
 
 def sites_of(targets: Sequence[Target]) -> list[Site]:
@@ -257,6 +286,7 @@ def linears_run(decoder: nn.Module) -> Mapping[nn.Module, int]:
             for module in decoder.modules():
                 undo.callback(setattr, module, "training", module.training)
             decoder.eval()
+            keep_packed(undo, decoder)
             for linear in linears:
                 hook = linear.register_forward_hook(lambda module, args, output: turns.update({module: len(turns)}))
                 undo.callback(hook.remove)
@@ -280,6 +310,14 @@ def matrix_of(linear: nn.Module) -> torch.Tensor:
     return weight if isinstance(linear, nn.Linear) else weight.T
 
 
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(D_out, D_in) of what :func:`is_linear`, whose weight may be packed."""
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
+    hidden, inner = matrix_of(linear).shape
+    return hidden, inner
+
+
 def unwrapped(model: Any) -> Any:
     """The model that ``torch.compile``, DataParallel or DistributedDataParallel wraps: its parameters are the same,
     and its own names are those of its checkpoints.
@@ -293,26 +331,40 @@ def unwrapped(model: Any) -> Any:
         model = inner
 
 
-def check_editable(targets: Sequence[Target]) -> None:
+def check_editable(targets: Sequence[Target], quantized: bool = False) -> None:
+    """Raise ValueError unless the weights of ``targets`` can be changed; or, with ``quantized``, be left as they are
+    while deltas beside them change.
+    """
     seen: dict[int, str] = {}
     for target in targets:
-        weight, name = target.parameter, target.name
-        if weight.dtype not in EDITABLE_DTYPES or not _is_plain(target):
+        weight, linear, name = target.parameter, target.linear, target.name
+        if target.delta is not None:
+            continue  # looked at before it was there
+        opaque = is_opaque(target)
+        if opaque and not (quantized and isinstance(linear, nn.Linear)):
+            kind = type(weight.data).__name__ if _is_subclass(weight) else weight.dtype
             raise ValueError(
                 f"{name}: expected an nn.Linear, or experts as transformers runs them, with a weight of float32, "
-                f"bfloat16 or float16, got {type(target.linear).__name__} with {weight.dtype}; load the model "
-                "without quantization"
+                f"bfloat16 or float16, got {type(linear).__name__} with {kind}; load the model without quantization, "
+                "or give adapter=FOLDER to cir.unlearn"
             )
-        if not _is_ordinary(weight) or not any(own is weight for own in target.linear._parameters.values()):
+        kept = [*linear._parameters.values(), *(linear._buffers.values() if opaque else ())]
+        if not any(own is weight for own in kept):
             raise ValueError(
                 f"{name}: expected a weight that is an ordinary parameter, got {type(weight).__name__}; one that is "
-                "made of others (weight_norm, pruning, a tensor subclass) would be made anew, without what changed"
+                "made of others (weight_norm, pruning) would be made anew, without what changed"
             )
         if weight.device.type == "meta":
             raise ValueError(f"{name}: expected a weight with data, got one on the meta device")
         if id(weight) in seen:
             raise ValueError(f"expected a weight of its own in each linear, got {name} sharing {seen[id(weight)]}'s")
         seen[id(weight)] = name
+
+
+def is_opaque(target: Target) -> bool:
+    """Whether it multiplies with something else than an ordinary weight: one that is quantized, say."""
+    weight = target.parameter
+    return weight.dtype not in EDITABLE_DTYPES or _is_subclass(weight) or not _is_plain(target)
 
 
 @torch.no_grad()
@@ -333,9 +385,12 @@ def _is_plain(target: Target) -> bool:
     else:
         routes = torch.arange(8, device=weight.device).view(4, 2) % target.experts
         shares = torch.linspace(0.2, 0.8, 8, dtype=weight.dtype, device=weight.device).view(4, 2)
-        expected, got = run_experts(linear, x, routes, shares), linear(x, routes, shares)
+        try:
+            expected, got = run_experts(linear, x, routes, shares), linear(x, routes, shares)
+        except RuntimeError:  # of float64, which transformers does not multiply for all experts at once
+            return False
     return isinstance(got, Tensor) and bool((got - expected).norm() <= 2e-2 * expected.norm())
 
 
-def _is_ordinary(weight: Tensor) -> bool:
-    return isinstance(weight, nn.Parameter) and type(weight.data) in (Tensor, FakeTensor)
+def _is_subclass(weight: Tensor) -> bool:
+    return isinstance(weight, nn.Parameter) and type(weight.data) not in (Tensor, FakeTensor)

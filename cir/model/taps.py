@@ -21,8 +21,14 @@ GROUPED_ON = ("cuda",)
 """Kinds of devices on which the products of all experts are one launch, without the host having to know how many rows
 each has.
 """
+PACKS_ANEW = "support_avx512bf16_for_cpu"
+"""Of linears of bitsandbytes, whether they do."""
 TRAITS = ("is_transposed", "has_bias", "has_gate", "_apply_gate")
 """What a module of experts says of itself in transformers."""
+ROWS = 1024
+"""Of the identity that a linear is given at once, to see its weight."""
+CLOSE = 0.05
+"""How far, relatively, a gradient may be from what outputs say it is: some linears round what they read to 8 bits."""
 
 
 class TappedLinear(torch.autograd.Function):
@@ -85,6 +91,37 @@ def _multiplied(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
             torch.mm(x[start:end], matrices[number], out=found[start:end])
         start = end
     return found
+
+
+def norm_through(linear: nn.Module, name: str, width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The Frobenius norm of the weight of a ``linear`` where it cannot be read, as it is quantized: that of what the
+    linear makes of the identity. The gradient that comes back through it is checked against the same.
+
+    Args:
+        name: of it, for errors. width: of its input. dtype: that it reads and puts out.
+
+    Raises:
+        ValueError: if it puts out another dtype, or no gradient, or another, comes back to what it reads.
+    """
+    squared = 0.0
+    for start in range(0, width, ROWS):
+        x = torch.zeros(min(ROWS, width - start), width, dtype=dtype, device=device)
+        x.diagonal(start).fill_(1)
+        y = linear(x.requires_grad_())
+        if not isinstance(y, Tensor) or y.dtype != dtype:
+            raise ValueError(f"{name}: expected a linear that puts out {dtype}, got {getattr(y, 'dtype', type(y))}")
+        rows = (y - linear(torch.zeros_like(x[:1]).requires_grad_())).detach()
+        here = float(rows.double().square().sum())
+        squared += here
+        if start == 0:
+            # Of y = x W^T, the gradient of x for rows y is y W, whose inner product with x is that of y with y.
+            (grad,) = torch.autograd.grad(y, x, rows) if y.requires_grad else (torch.zeros_like(x),)
+            if not abs(float((grad * x.detach()).double().sum()) - here) <= CLOSE * here:
+                raise ValueError(
+                    f"{name}: expected a linear through which the gradient comes back to what it reads, got "
+                    f"{type(linear).__name__}, where it does not; load the model without quantization"
+                )
+    return squared**0.5
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -217,3 +254,13 @@ def replace_forward(undo: ExitStack, module: nn.Module, forward: Callable[..., A
     else:  # a wrapper that another library hung on the instance comes back afterwards
         undo.callback(attributes.__setitem__, "forward", before)
     attributes["forward"] = forward
+
+
+def keep_packed(undo: ExitStack, model: nn.Module) -> None:
+    """Until ``undo`` is closed, 4-bit weights stay packed as they are: bitsandbytes packs them anew on some CPUs, and
+    for good, once they read what requires no gradient, and from then on lets none through.
+    """
+    for module in model.modules():
+        if getattr(module, PACKS_ANEW, False):
+            undo.callback(setattr, module, PACKS_ANEW, True)
+            setattr(module, PACKS_ANEW, False)

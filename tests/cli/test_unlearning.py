@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import cir
 from cir import CIRConfig, Report
 from cir.cli.unlearning import advice
 from cir.config import BreakingConfig
@@ -31,6 +32,34 @@ def test_a_run_is_repeated_from_what_it_wrote(files, tmp_path, capsys):
         line for line in (tmp_path / "b" / "config.yaml").read_text().splitlines() if "require" not in line
     ]
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_an_adapter_is_written_in_place_of_a_model(files, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    words = ["--adapter", "--adapter-rank", "3", "--out", str(tmp_path / "a")]
+    assert run(files, "unlearn", *GIVEN, *QUICK, *words, "--json") == 0
+    out, error = capsys.readouterr()
+    report = json.loads(out)
+    assert report["adapter"]["rank"] == report["config"]["adapter_rank"] == 3
+    assert f"adapter    rank 3, {report['adapter']['energy']:.1%} of the change" in error
+    names = {"adapter_model.safetensors", "adapter_config.json", "report.json", "config.yaml"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {*names, ".cir"}
+    model, tokenizer = cir.load_model(files / "model", device="cpu")
+    before = cir.evaluate(model, tokenizer, str(files / "facts.jsonl")).mean_recall
+    assert report["after"]["mean_recall"] < 0.8 * before
+    forgot = peft.PeftModel.from_pretrained(model, tmp_path / "a")
+    found = cir.evaluate(forgot, tokenizer, str(files / "facts.jsonl"))
+    assert found.mean_recall == pytest.approx(report["after"]["mean_recall"], rel=1e-3)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        files / "model"
+    )
+    assert run(files, "unlearn", "--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")) == 0
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+    for other in (["--certify"], ["--preset", "paper"]):
+        assert run(files, "unlearn", *GIVEN, "--adapter", *other, "--out", str(tmp_path / "c")) == 1
+        assert "--adapter: expected neither --certify, which is for models, nor another" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 def test_recall_is_required_where_it_can_be_measured(files, capsys):

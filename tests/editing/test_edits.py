@@ -7,8 +7,8 @@ import torch
 
 from cir import CIRConfig, Edit, EditConfig, Editor, Subspaces
 from cir.data.facts import load_facts
-from cir.editing.edits import add_factors, factorise
-from cir.forgetting.update import fingerprint, snapshot
+from cir.forgetting.factors import factorise
+from cir.forgetting.update import add_factors, fingerprint, snapshot
 from cir.model.finding import find_stack
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
 

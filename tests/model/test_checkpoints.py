@@ -32,6 +32,14 @@ def test_a_model_is_loaded_as_it_was_saved(folder):
     assert load_model(folder, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
+def test_of_a_quantized_model_the_bytes_in_its_folder_count(folder):
+    about = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps({**about, "quantization_config": quantization}))
+    save_file({"packed": torch.zeros(1000, dtype=torch.uint8)}, folder / "model.safetensors")
+    assert weights_of(folder)[0] == (folder / "model.safetensors").stat().st_size < 1200
+
+
 def without_weights(folder):
     path = folder / "model.safetensors"
     weights = load_file(path)
