@@ -215,7 +215,7 @@ def located(model: Any, tokenizer: Any, facts: Sequence[Fact], config: CIRConfig
     """
     if config.layers is not None:
         return config
-    depth = len(find_stack(model).mlps)
+    depth = len(find_stack(model, sharded=True).mlps)
     first = pair_layer(model, tokenizer, facts, max_length=config.max_length)
     if first is None:
         return config
@@ -238,7 +238,7 @@ def pair_layer(model: Any, tokenizer: Any, facts: Sequence[Fact], *, max_length:
     Raises:
         ValueError: on a sentence of more than ``max_length`` tokens or of one.
     """
-    stack = find_stack(model)
+    stack = find_stack(model, sharded=True)
     facts = facts[:: -(-len(facts) // ASKED) or 1]
     if len(facts) < 2:
         return None

@@ -14,6 +14,7 @@ from cir.forgetting.subspace import columns_at
 from cir.measures import TOKENS_PER_FORWARD, WINDOW
 from cir.model.offload import free_memory, upper_modules
 from cir.model.sites import Site, Stack, Target, sites_of
+from cir.system.processes import least
 
 OFFLOAD = ("auto", "always", "never")
 TOKENS_AT_ONCE, ON_GPU, STEP_ON_GPU = 512, 2048, 768
@@ -107,7 +108,7 @@ def needed_to_forget(
         freed += (8 - 4) * columns * site.width
     bases = sum(4 * columns * site.width for site, columns in sketched.items())
     held, moments = bases, max(0, _moments(ranks) - bases)
-    hidden, inner = stack.mlps[0].down.weight.shape
+    hidden, inner = stack.mlps[0].down.gradient.width, stack.mlps[0].down.activation.width
     depth = len(targets) // 2
     layers = depth * size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner)
     if device.type != "cuda":
@@ -164,6 +165,7 @@ def fits(model: Any, need: Need) -> Need:
     have = free_memory(model.device)
     if have is None:
         return need
+    have = least(have)  # of the device that has least: each process makes the same forwards
     roomy = replace(need, tokens=ROOMY * need.tokens)
     return roomy if model.device.type == "cuda" and 2 * roomy.peak < have else need.within(have)
 

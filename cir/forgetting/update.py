@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from cir.measures import NonFiniteError
 from cir.model.capture import at_least_float32
 from cir.model.offload import free_memory
+from cir.model.shards import local, whole
 from cir.model.sites import Part, Target
+from cir.system.processes import summed
 from cir_kernels import outer_norm_sq, outer_update_
 
 PHASE = "cir::"
@@ -112,9 +114,24 @@ def plain_step(
 @torch.no_grad()
 def sizes(targets: Sequence[Target]) -> list[Tensor]:
     """Root mean square of each weight, as scalars on their devices."""
-    weights = [target.parameter for target in targets]
-    norms = [torch.linalg.vector_norm(w, dtype=at_least_float32(w[:0]).dtype) for w in weights]
-    return [norm / weight.numel() ** 0.5 for norm, weight in zip(norms, weights, strict=True)]
+    norms = []
+    for target in targets:
+        weight, count = local(target.parameter), target.parameter.numel()
+        norm = torch.linalg.vector_norm(weight, dtype=at_least_float32(weight[:0]).dtype)
+        if target.split is not None:
+            norm = summed(norm.square()).sqrt()
+        norms.append(norm / count**0.5)
+    return norms
+
+
+@torch.no_grad()
+def norm_of(targets: Sequence[Target]) -> float:
+    """The norm of all weights together."""
+    total = 0.0
+    for target in targets:
+        squared = torch.linalg.vector_norm(local(target.parameter), dtype=torch.float64) ** 2
+        total += float(squared if target.split is None else summed(squared))
+    return total**0.5
 
 
 @torch.no_grad()
@@ -149,7 +166,7 @@ def snapshot(targets: Sequence[Weighted], into: Sequence[Tensor] | None = None, 
     """Copies of the target weights, on the host; in the memory of an earlier snapshot, ``into``, where given. With
     ``near``, beside the weights where their device has twice the room, from where they are back much faster.
     """
-    weights = [target.parameter for target in targets]
+    weights = [local(target.parameter) for target in targets]
     if into is None and near and _roomy(weights):
         into = [torch.empty_like(weight) for weight in weights]
     if into is None:
@@ -174,20 +191,20 @@ def _roomy(weights: Sequence[Tensor]) -> bool:
 def restore(targets: Sequence[Weighted], weights: Sequence[Tensor]) -> None:
     """Put weights taken by :func:`snapshot` back in place, bit for bit."""
     for target, weight in zip(targets, weights, strict=True):
-        target.parameter.copy_(weight)
+        local(target.parameter).copy_(weight)
 
 
 @torch.no_grad()
 def interpolate(targets: Sequence[Target], weights: Sequence[Tensor], share: float) -> None:
     """Leave ``share`` of the way from ``weights``, taken by :func:`snapshot`, to those that are in place."""
     for target, weight in zip(targets, weights, strict=True):
-        now = target.parameter
+        now = local(target.parameter)
         now.lerp_(weight.to(now.device), 1 - share)
 
 
 def fingerprint(targets: Sequence[Target]) -> str:
-    """SHA-256 over the names, types, shapes and bits of the target weights."""
-    return fingerprint_of((target.name, target.parameter.detach()) for target in targets)
+    """SHA-256 over the names, types, shapes and bits of the target weights, of which no two are gathered at once."""
+    return fingerprint_of((target.name, whole(target.parameter.detach())) for target in targets)
 
 
 def fingerprint_of(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -214,7 +231,8 @@ def _numbered(
     count, place = sum(max(1, target.experts) for target in targets), 0
     for target in targets:
         for part in target.parts(tokens):
-            yield target, part, seed * count + place + part.number
+            # Rounding is seeded by place, which within each part starts anew.
+            yield target, part, seed * count + place + part.number ^ (part.start << 40)
         place += max(1, target.experts)
 
 

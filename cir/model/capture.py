@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from cir.data.tokens import Batch
 from cir.model.norms import fused_norms
 from cir.model.packing import packed_inputs
-from cir.model.sites import Site, Stack, Target
-from cir.model.taps import TappedLinear, run_experts
+from cir.model.shards import Split, gathered, group_of, is_sharded, local, replace_forward, reshard, ungathered
+from cir.model.sites import Site, Stack, Target, matrix_of
+from cir.model.taps import TappedLinear, parallel_linear, run_experts
 
 Tokens = dict[str, Tensor]
 """Rows (T, width) at each site, by site name; of experts (T, k, width), and by the name of their routes which (T, k).
@@ -87,7 +88,7 @@ class Capture:
                     undo.callback(mlp.module.register_forward_hook(keep_mlp(layer)).remove)
             undo.callback(layers[self._last_layer].register_forward_hook(keep_last).remove)
             undo.enter_context(self._recording(hidden))
-            stack.decoder(**inputs, use_cache=False)
+            stack.run(**inputs)
         return hidden
 
     def backward(self, loss: Tensor, hidden: Hidden) -> Tokens:
@@ -107,12 +108,15 @@ class Capture:
         finally:
             self._current = None
 
-    def _record(self, site: Site, rows: Tensor) -> None:
+    def _record(self, site: Site, rows: Tensor, of: Tensor | None = None) -> None:
+        """``of``: a parameter, whose part it is of the columns of ``rows``."""
         hidden = self._current
         if hidden is None or site.name in hidden.tokens:
             return
         rows = rows.detach() if site.experts else rows.detach().flatten(0, -2)
         rows = rows.index_select(0, hidden.counted.to(rows.device))
+        if of is not None:
+            rows = gathered(rows, of, site.width)
         if hidden.observe is not None:
             routes = {site.routes: hidden.tokens[site.routes]} if site.experts else {}
             hidden.observe({site.name: rows, **routes})
@@ -122,12 +126,32 @@ class Capture:
     def _tapped(self, target: Target) -> Callable[[Tensor], Tensor]:
         """What takes the place of the target's forward."""
 
+        parameter = target.parameter
+        if is_sharded(parameter) and target.owner is None:
+            return self._tapped_parallel(target, parameter)
+
         def record(grad: Tensor) -> None:
             self._record(target.gradient, grad)
 
         def forward(x: Tensor) -> Tensor:
             self._record(target.activation, x)
-            return TappedLinear.apply(x, self._tap, target.weight, target.bias, record)
+            # The weight as it is now: in a forward, FSDP has it gathered.
+            return TappedLinear.apply(x, self._tap, matrix_of(target.linear), target.bias, record)
+
+        return forward
+
+    def _tapped_parallel(self, target: Target, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same of a linear that is tensor parallel."""
+        by_row = cast(Split, target.split).dim == 0
+        group = group_of(parameter)
+
+        def record(grad: Tensor) -> None:
+            self._record(target.gradient, grad, parameter if by_row else None)
+
+        def forward(x: Tensor) -> Tensor:
+            self._record(target.activation, x, None if by_row else parameter)
+            bias = None if target.bias is None else local(target.bias)
+            return parallel_linear(x, self._tap, local(parameter), bias, record, group, by_row)
 
         return forward
 
@@ -206,8 +230,8 @@ class AnswerCapture(Capture):
 
     @property
     def weights(self) -> list[Tensor]:
-        """All parameters and buffers of the model."""
-        return [*self._model.parameters(), *self._model.buffers()]
+        """All parameters and buffers of the model; none where it is sharded, as they lie now here, now there."""
+        return [] if self._stack.root is not None else [*self._model.parameters(), *self._model.buffers()]
 
     @torch.no_grad()
     def below(self, batch: Batch, known: Tensor | None = None) -> Below:
@@ -234,7 +258,7 @@ class AnswerCapture(Capture):
             undo.callback(setattr, stack.decoder, stack.attribute, layers)
             setattr(stack.decoder, stack.attribute, layers[: self._first])
             undo.callback(layers[self._first - 1].register_forward_hook(keep).remove)
-            stack.decoder(**inputs, use_cache=False)
+            stack.run(**inputs)
         return below
 
     def predict(self, below: Below, at: Tensor, keep: bool = True) -> tuple[Tensor, Hidden]:
@@ -253,7 +277,8 @@ class AnswerCapture(Capture):
             undo.callback(self._head.register_forward_pre_hook(select).remove)
             if self._first:  # the layers stay in their places, whose numbers and kinds the decoder may look up
                 for layer in self._stack.layers[: self._first]:
-                    _replace_forward(undo, layer, lambda *args, **given: lower)
+                    undo.enter_context(ungathered(layer))
+                    replace_forward(undo, layer, lambda *args, **given: lower)
             if keep:
                 undo.enter_context(self._recording(hidden))
             logits = self._model(**below.inputs, use_cache=False).logits[0]
@@ -299,6 +324,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     trained meanwhile.
     """
     with ExitStack() as undo:
+        reshard(model)
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         for device in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
@@ -354,17 +380,7 @@ def _tapping(model: nn.Module, tape: Capture, targets: Sequence[Target]) -> Iter
             if getattr(module.__dict__.get("forward"), "__module__", None) == __name__:
                 raise RuntimeError(f"{own[0].gradient.name}: already captured by another engine")
             experts = own[0].experts
-            _replace_forward(undo, module, tape._tapped_experts(module, own) if experts else tape._tapped(own[0]))
+            replace_forward(undo, module, tape._tapped_experts(module, own) if experts else tape._tapped(own[0]))
         for norm, forward in fused_norms(model):
-            _replace_forward(undo, norm, forward)
+            replace_forward(undo, norm, forward)
         yield
-
-
-def _replace_forward(undo: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    attributes = module.__dict__
-    before = attributes.get("forward")
-    if before is None:
-        undo.callback(attributes.pop, "forward")
-    else:  # a wrapper that another library hung on the instance comes back afterwards
-        undo.callback(attributes.__setitem__, "forward", before)
-    attributes["forward"] = forward

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from cir.model.shards import Split, check_plan, is_sharded, local, replace_forward
 from cir.model.taps import hit, matrices_of, run_experts
 
 EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +46,8 @@ class Site:
 
 class Part(NamedTuple):
     """One matrix of a target, and its rows: the gradient of ``weight`` (D_out, D_in) is ``gradient``^T
-    ``activation``. ``number``: of its expert, else 0.
+    ``activation``. ``number``: of its expert, else 0. Of a target that is divided over processes the part that is
+    here, from the row or column ``start`` on, and the columns of the rows that change it.
     """
 
     number: int
@@ -52,12 +55,14 @@ class Part(NamedTuple):
     weight: Tensor
     gradient: Tensor
     activation: Tensor
+    start: int = 0
 
 
 @dataclass(frozen=True)
 class Target:
     """A linear to be edited, with the sites of its input A (T, D_in) and output gradient G (T, D_out); or all
-    experts of a layer, E matrices (D_out, D_in) in one parameter.
+    experts of a layer, E matrices (D_out, D_in) in one parameter. ``owner``: the module of FSDP, if any, that gathers
+    what it is divided in.
     """
 
     linear: nn.Module
@@ -65,6 +70,7 @@ class Target:
     gradient: Site
     parameter_name: str
     """Within the model."""
+    owner: nn.Module | None = None
 
     @property
     def sites(self) -> tuple[Site, Site]:
@@ -82,17 +88,25 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """Its weight as the model keeps it."""
+        """Its weight as the model keeps it: between forwards, where FSDP gathers it for these."""
+        if self.owner is not None:
+            self.owner.reshard()  # type: ignore[operator]
         return cast(nn.Parameter, getattr(self.linear, self.parameter_name.rpartition(".")[2]))
 
     @property
     def weight(self) -> Tensor:
-        """Its weight (D_out, D_in), of experts (E, D_out, D_in): the parameter, or a view of it; what is written
-        there changes the model.
+        """Its weight (D_out, D_in), of experts (E, D_out, D_in), or the part of it that is here: the parameter, or a
+        view of it; what is written there changes the model.
         """
         if self.experts:
             return matrices_of(self.linear, self.parameter_name.rpartition(".")[2])
-        return matrix_of(self.linear)
+        kept = local(self.parameter)
+        return kept if isinstance(self.linear, nn.Linear) else kept.T
+
+    @property
+    def split(self) -> Split | None:
+        """Which part of its matrix (D_out, D_in) is here; None if it is whole."""
+        return Split.of(self.parameter)
 
     @property
     def bias(self) -> Tensor | None:
@@ -111,15 +125,19 @@ class Target:
         """Its matrices that ``tokens`` change, each with its rows."""
         g, a = tokens[self.gradient.name], tokens[self.activation.name]
         if not self.experts:
-            yield Part(0, self.name, self.weight, g, a)
+            split = self.split or Split(0, 0, g.shape[1])
+            own = slice(split.start, split.stop)
+            g, a = (g[:, own], a) if split.dim == 0 else (g, a[:, own])
+            if split.start < split.stop:  # of few rows there may be none here
+                yield Part(0, self.name, self.weight, g, a, split.start)
             return
         weight = self.weight
         for number, of_tokens, places in hit(tokens[self.gradient.routes or self.activation.routes], self.experts):
-            rows = (
+            own_g, own_a = (
                 x.flatten(0, 1)[places] if site.experts else x[of_tokens]
                 for site, x in ((self.gradient, g), (self.activation, a))
             )
-            yield Part(number, f"{self.name}.{number}", weight[number], *rows)
+            yield Part(number, f"{self.name}.{number}", weight[number], own_g, own_a)
 
 
 @dataclass(frozen=True)
@@ -155,10 +173,22 @@ class Stack:
     mlps: tuple[MLP, ...]
     path: str
     """The model's own name of that list."""
+    root: nn.Module | None = None
+    """The model, where it is sharded: what FSDP gathers for its forward, others of its modules read too."""
+    owners: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
+    """See :func:`cir.model.shards.owners_of`."""
 
     @property
     def layers(self) -> nn.ModuleList:
         return getattr(self.decoder, self.attribute)
+
+    def run(self, **inputs: Any) -> Any:
+        """What the decoder says."""
+        if self.root is None:
+            return self.decoder(**inputs, use_cache=False)
+        with ExitStack() as undo:
+            replace_forward(undo, self.root, lambda: self.decoder(**inputs, use_cache=False))
+            return self.root()
 
     def targets(self, last_layer: int) -> list[Target]:
         """The linears of layers 0..last_layer: all that a loss on those layers sends gradient to."""
@@ -174,7 +204,7 @@ class Stack:
         found = []
         for number in range(first_layer, len(self.mlps)):
             found += [self._attention_output(number), *self.mlps[number].writers]
-        check_editable(found)
+        check_editable(found, self.root)
         return found
 
     def _attention_output(self, number: int) -> Target:
@@ -194,7 +224,8 @@ class Stack:
         name, linear = linears[-1]
         name = f"{self.path}.{number}.{name}"
         read = Site(f"{name}.in", matrix_of(linear).shape[1], "activation")
-        return Target(linear, read, Site(f"{name}.out", width, "gradient"), f"{name}.weight")
+        written = Site(f"{name}.out", width, "gradient")
+        return Target(linear, read, written, f"{name}.weight", self.owners.get(linear))
 
 
 def sites_of(targets: Sequence[Target]) -> list[Site]:
@@ -240,10 +271,19 @@ def unwrapped(model: Any) -> Any:
         model = inner
 
 
-def check_editable(targets: Sequence[Target]) -> None:
+def check_editable(targets: Sequence[Target], root: nn.Module | None = None) -> None:
+    """``root``: the model, where it is sharded."""
     seen: dict[int, str] = {}
     for target in targets:
         weight, name = target.parameter, target.name
+        if root is not None and (split := target.split) is not None:
+            if type(target.linear).forward is not nn.Linear.forward:
+                raise ValueError(
+                    f"{name}: expected an nn.Linear in a model sharded over processes, got "
+                    f"{type(target.linear).__name__}"
+                )
+            if target.owner is None:
+                check_plan(root, name, split)
         if weight.dtype not in EDITABLE_DTYPES or not _is_plain(target):
             raise ValueError(
                 f"{name}: expected an nn.Linear with a weight of float32, bfloat16 or float16, got "
@@ -281,4 +321,4 @@ def _is_plain(target: Target) -> bool:
 
 
 def _is_ordinary(weight: Tensor) -> bool:
-    return isinstance(weight, nn.Parameter) and type(weight.data) in (Tensor, FakeTensor)
+    return isinstance(weight, nn.Parameter) and (is_sharded(weight) or type(weight.data) in (Tensor, FakeTensor))
