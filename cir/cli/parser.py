@@ -38,6 +38,11 @@ JSON_TO: dict[str, Any] = {
     "default": "-",
     "help": "where to write (default: standard output)",
 }
+SHARD: dict[str, Any] = {
+    "choices": ("fsdp", "tp"),
+    "help": "how the model is divided over the processes that torchrun starts: their weights gathered layer by layer "
+    "(default), or tensor parallel by the model's plan",
+}
 WITHOUT_JSON = ("demo", "completion")
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 EPILOG = """Start with `cir demo`: it needs no GPU and takes minutes.
@@ -218,6 +223,7 @@ def _add_unlearn(commands: Any, parents: list[Parser]) -> None:
         help="of the other presets: have the weights above the loss layers wait on the host (default: where the "
         "GPU's memory is short)",
     )
+    command.add_argument("--shard", **SHARD)
 
 
 def _add_verify(commands: Any, parents: list[Parser]) -> None:
@@ -255,6 +261,7 @@ def _add_eval(commands: Any, parents: list[Parser]) -> None:
     command.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="also tasks of lm-eval, mmlu say (pip install 'cir[eval]')"
     )
+    command.add_argument("--shard", **SHARD)
     command.add_argument("--task-limit", type=count, metavar="N", help="questions of each task at most")
     command.add_argument(
         "--attacks",

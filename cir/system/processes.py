@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,17 @@ class Processes:
 
     group: dist.ProcessGroup
     device: torch.device
+
+
+@contextmanager
+def joined_group() -> Iterator[int]:
+    """This process as one of those that ``torchrun`` has started, with a GPU each where there are: its number."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    yield dist.get_rank()
+    dist.destroy_process_group()  # not after an exception: others may be waiting, which torchrun ends
 
 
 _together: ContextVar[Processes | None] = ContextVar("together", default=None)
