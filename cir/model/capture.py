@@ -325,6 +325,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as undo:
         reshard(model)
+        undo.callback(reshard, model)  # what FSDP has gathered requires no gradient
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         for device in {parameter.device.type for parameter in model.parameters()} - {"meta"}:

@@ -23,13 +23,20 @@ class Processes:
 
 @contextmanager
 def joined_group() -> Iterator[int]:
-    """This process as one of those that ``torchrun`` has started, with a GPU each where there are: its number."""
+    """This process as one of those that ``torchrun`` has started, with a GPU each where there are: its number. Where
+    they have a group already, it is left as it is.
+    """
+    if dist.is_initialized():
+        yield dist.get_rank()
+        return
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    yield dist.get_rank()
-    dist.destroy_process_group()  # not after an exception: others may be waiting, which torchrun ends
+    try:
+        yield dist.get_rank()
+    finally:  # after an exception too, so that others that wait for this one fail
+        dist.destroy_process_group()
 
 
 _together: ContextVar[Processes | None] = ContextVar("together", default=None)
