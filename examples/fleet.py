@@ -4,9 +4,9 @@
 
 The edits are what ``cir.Edit.save`` wrote, made once, by ``examples/batch.py`` say. A replica holds the weights that
 it came with plus the edits that are asked for, so that one that is no longer asked for is gone to the bit, and a
-replica that Ray has started anew has the same as the others once it is asked again. A line of JSON a replica says what
-it recalls of the facts. Where one fails or has other weights than the rest, all go back to what they held, and the
-exit status is 1.
+replica that Ray has started anew has the same as the others once it is asked again. A line of JSON a replica says
+what it recalls of the facts. Where one fails or has other weights than the rest, all go back to what they held, and
+the exit status is 1.
 """
 
 from __future__ import annotations
