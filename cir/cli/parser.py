@@ -261,7 +261,6 @@ def _add_eval(commands: Any, parents: list[Parser]) -> None:
     command.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="also tasks of lm-eval, mmlu say (pip install 'cir[eval]')"
     )
-    command.add_argument("--shard", **SHARD)
     command.add_argument("--task-limit", type=count, metavar="N", help="questions of each task at most")
     command.add_argument(
         "--attacks",
@@ -272,6 +271,7 @@ def _add_eval(commands: Any, parents: list[Parser]) -> None:
         "--original", metavar="MODEL", help="the model before it forgot, for the attack that undoes small changes"
     )
     command.add_argument("--seed", type=whole, default=0, help="of the attacks' draws (default: %(default)s)")
+    command.add_argument("--shard", **SHARD)
     command.add_argument("--json", **JSON_TO)
 
 

@@ -18,6 +18,7 @@ from cir.config import BreakingConfig
 from cir.data.facts import Fact
 from cir.model.checkpoints import load_model, weights_of, whole_state
 from cir.proof.certificate import Witness
+from cir.system.processes import all_here
 from cir.system.signals import Held
 from cir.system.writing import check_output, write_folder
 
@@ -83,6 +84,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
             out = write_folder(out, fill, arguments.overwrite)
         _tell(report, out)
         missed = _missed(report, arguments.require_recall)
+        if shard is not None:
+            all_here()  # torchrun ends the first process, which writes, where another exits with a status of its own
     status = PARTLY if missed else DONE
     if failed is not None:
         complain(f"written without a certificate: {type(failed).__name__} {failed}")

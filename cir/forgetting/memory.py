@@ -13,6 +13,7 @@ from cir.data.tokens import Batch
 from cir.forgetting.subspace import columns_at
 from cir.measures import TOKENS_PER_FORWARD, WINDOW
 from cir.model.offload import free_memory, upper_modules
+from cir.model.shards import gathered_bytes
 from cir.model.sites import Site, Stack, Target, sites_of
 from cir.system.processes import least
 
@@ -92,8 +93,9 @@ def needed_to_forget(
     device: torch.device | None = None,
 ) -> Need:
     """What :func:`cir.unlearn` takes, by counting: bases, the moments that they are solved from and, without a GPU,
-    copies of the updated and of the relearned weights; hidden states of what is measured of ``text`` tokens; the rows
-    of a step's tokens, twice, at about four sentences a fact. ``device``: of the model, where it is not there yet.
+    copies of the updated and of the relearned weights; hidden states of what is measured of ``text`` tokens; what
+    FSDP gathers; the rows of a step's tokens, twice, at about four sentences a fact. device: of the model, where
+    it is not there yet.
     """
     device = device or model.device
     sites = sites_of(targets)
@@ -115,7 +117,7 @@ def needed_to_forget(
         held += (3 if config.full_check else 2) * sum(target.weight.nbytes for target in targets)
         held += sum(target.weight.nbytes for mlp in stack.mlps[-depth:] for target in mlp.targets)
         held += 2 * 4 * hidden * inner  # a gradient and what a weight becomes, in float32, where it is relearned
-    held += min(text, config.disruption_tokens or 0) * hidden * size
+    held += min(text, config.disruption_tokens or 0) * hidden * size + gathered_bytes(stack.owners)
     return Need(
         held=held,
         rows=2 * 4 * config.batch_size * size * sum(site.width for site in sites),

@@ -7,7 +7,8 @@ take; and tensor parallel by the plan of transformers, where each process multip
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -89,12 +90,14 @@ def gathered(rows: Tensor, parameter: Tensor, width: int) -> Tensor:
     ).full_tensor()
 
 
-def processes_of(model: nn.Module) -> Processes | None:
+def processes_of(model: Any) -> Processes | None:
     """Those over which a model is divided; None if it is whole.
 
     Raises:
         ValueError: if it is divided in a way that is not supported.
     """
+    if not isinstance(model, nn.Module):
+        return None
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             "expected a model sharded by FSDP2 (torch.distributed.fsdp.fully_shard), got FullyShardedDataParallel"
@@ -116,7 +119,7 @@ def processes_of(model: nn.Module) -> Processes | None:
     return Processes(mesh.get_group(), device)
 
 
-def check_whole(model: nn.Module) -> None:
+def check_whole(model: Any) -> None:
     """Raise ValueError if a model is divided over processes."""
     if processes_of(model) is not None:
         raise ValueError(
@@ -145,6 +148,16 @@ def owners_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
     visit(model, None)
     return found
+
+
+def gathered_bytes(owners: Mapping[nn.Module, nn.Module]) -> int:
+    """Bytes that FSDP has gathered at once beside the parts: two of its modules, and what it keeps of a third, the
+    embeddings say.
+    """
+    sizes: Counter[nn.Module] = Counter()
+    for module, owner in owners.items():
+        sizes[owner] += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+    return sum(size for _, size in sizes.most_common(3))
 
 
 def check_plan(model: nn.Module, name: str, split: Split) -> None:

@@ -39,6 +39,11 @@ def joined_group() -> Iterator[int]:
         dist.destroy_process_group()
 
 
+def all_here() -> None:
+    """Wait until every process has come here."""
+    dist.barrier()
+
+
 _together: ContextVar[Processes | None] = ContextVar("together", default=None)
 
 
