@@ -94,7 +94,7 @@ def needed_to_forget(
 ) -> Need:
     """What :func:`cir.unlearn` takes, by counting: bases, the moments that they are solved from and, without a GPU,
     copies of the updated and of the relearned weights; hidden states of what is measured of ``text`` tokens; what
-    FSDP gathers; the rows of a step's tokens, twice, at about four sentences a fact. device: of the model, where
+    FSDP gathers; the rows of a step's tokens, twice, at about four sentences a fact. ``device``: of the model, where
     it is not there yet.
     """
     device = device or model.device
