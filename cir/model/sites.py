@@ -125,10 +125,12 @@ class Target:
         """Its matrices that ``tokens`` change, each with its rows."""
         g, a = tokens[self.gradient.name], tokens[self.activation.name]
         if not self.experts:
-            split = self.split or Split(0, 0, g.shape[1])
-            own = slice(split.start, split.stop)
-            g, a = (g[:, own], a) if split.dim == 0 else (g, a[:, own])
-            if split.start < split.stop:  # of few rows there may be none here
+            split = self.split
+            if split is None:
+                yield Part(0, self.name, self.weight, g, a)
+            elif split.start < split.stop:  # of few rows there may be none here
+                own = slice(split.start, split.stop)
+                g, a = (g[:, own], a) if split.dim == 0 else (g, a[:, own])
                 yield Part(0, self.name, self.weight, g, a, split.start)
             return
         weight = self.weight
