@@ -15,6 +15,7 @@ from torch import Tensor
 from cir.data.facts import Fact, load_facts
 from cir.data.sampling import Sample, spread
 from cir.data.tokens import continuation, encode, pad, windows
+from cir.model.linears import unwrapped
 from cir.system.checks import check_number
 
 
@@ -121,7 +122,8 @@ def evaluate(
     """Measure what ``model`` knows of ``facts`` and how well it speaks; changes nothing.
 
     Args:
-        model, tokenizer: any causal LM of transformers. facts: what :func:`cir.load_facts` reads.
+        model, tokenizer: any causal LM of transformers, which may be compiled, wrapped for data parallel training, or
+            sharded over processes, each of which has to ask. facts: what :func:`cir.load_facts` reads.
         neighbours: facts near those, which should stay: the same relations of other subjects.
         same_subject: other relations of the same subjects, which should stay: the other side of a fact.
         text: measured in consecutive windows of ``window`` tokens, at most ``max_tokens`` in all, evenly spread.
@@ -231,7 +233,7 @@ def extracted(
     The continuation is the greedy one or, with ``samples``, any of so many drawn at temperature 1. Upper and
     lower case are the same.
     """
-    found = []
+    found, model = [], unwrapped(model)
     # Sampling draws from the global generators, which the caller's own draws must not notice.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -280,6 +282,7 @@ def score(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[
     Raises:
         ValueError: as :func:`cir.data.tokens.continuation`.
     """
+    model = unwrapped(model)
     encoded = [continuation(tokenizer, prompt, target) for prompt, target in pairs]
     # Neighbours in length share a forward, so that little of it is padding.
     order = sorted(range(len(encoded)), key=lambda i: sum(map(len, encoded[i])))
@@ -365,6 +368,7 @@ def _by_window(model: Any, rows: Tensor, of: Callable[[Tensor, Tensor], Any]) ->
     Several share a forward, but only one is in float32 at a time: of a large vocabulary that is most of the memory.
     """
     found: list[Any] = []
+    model = unwrapped(model)
     for chunk in rows.split(max(1, TOKENS_PER_FORWARD // rows.shape[1])):
         chunk = chunk.to(model.device)
         logits = model(input_ids=chunk, use_cache=False).logits

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ("cir_kernels", "cir.system"),
     ("cir.data",),
-    ("cir.model", "cir.measures"),
+    ("cir.model",),
+    ("cir.measures",),
     ("cir.config",),
     ("cir.forgetting",),
     ("cir.proof",),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -17,6 +19,8 @@ from cir.measures import (
     token_losses,
     unknown_facts,
 )
+from cir.proof.attacks import attack
+from cir.proof.certificate import weights_hash
 from tests.tiny import TEXT, VOCABULARY, facts, knowing_llama
 
 
@@ -186,3 +190,33 @@ def places(rows):
 
 def at(rows, chosen, values):
     return values[[places(rows)[tuple(row)] for row in chosen.tolist()]]
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_wrapped_models_are_measured_as_what_they_wrap(tokenizer, alone):
+    model = knowing_llama()
+    rows = windows(tokenizer, TEXT, 64)[:4]
+    told, given = facts(3), {"text": TEXT, "max_tokens": 256, "generate": 2, "reference": reference_of(model, rows)}
+    asked = [{**told[0], "question": "which is it", "choices": ["delta0", "delta1"], "answer": 0}, *told[1:]]
+    plain = cir.evaluate(model, tokenizer, asked, **given)
+    assert plain.measures.keys() > {"recall", "accuracy", "generation_extraction", "loss", "kl"}
+    attacked = attack(model, tokenizer, told, samples=2)
+    wrappers = (
+        torch.nn.DataParallel,
+        torch.nn.parallel.DistributedDataParallel,
+        partial(torch.compile, backend="eager"),
+    )
+    for wrap in wrappers:
+        assert cir.evaluate(wrap(model), tokenizer, asked, **given) == plain
+        assert reference_of(wrap(model), rows).logprobs.equal(given["reference"].logprobs)
+        assert attack(wrap(model), tokenizer, told, samples=2) == attacked
+        assert weights_hash(wrap(model)) == weights_hash(model)

@@ -18,6 +18,7 @@ from pathlib import Path
 from cir.cli.inputs import Inputs, paths, plain_text
 from cir.cli.output import DONE, FAILED, INTERRUPTED, Outcome, complain, logged, say, write_json
 from cir.cli.parser import parser, read
+from cir.cli.processes import launched, way_to_shard
 from cir.system.signals import raised
 from cir.system.writing import check_file, check_output, write_file, write_folder
 
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with raised(), logged(arguments.verbose):
         try:
             with ExitStack() as stack:
+                arguments.process = stack.enter_context(launched(arguments.command))
+                if arguments.process:
+                    arguments.quiet, where = True, None
                 if where is not None:
                     if where != "-":
                         check_file(where)
@@ -60,7 +64,10 @@ def _eval(arguments: argparse.Namespace) -> Outcome:
     inputs = Inputs.read(vars(arguments))
     if arguments.tasks:
         check_installed()
-    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    shard = way_to_shard(arguments.device, arguments.shard)
+    if shard is not None and (arguments.tasks or arguments.attacks):
+        raise ValueError("expected neither --tasks nor --attacks in several processes")
+    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype, shard=shard)
     evaluation = evaluate(
         model,
         tokenizer,

@@ -38,6 +38,11 @@ JSON_TO: dict[str, Any] = {
     "default": "-",
     "help": "where to write (default: standard output)",
 }
+SHARD: dict[str, Any] = {
+    "choices": ("fsdp", "tp"),
+    "help": "how the model is divided over the processes that torchrun starts: their weights gathered layer by layer "
+    "(default), or tensor parallel by the model's plan",
+}
 WITHOUT_JSON = ("demo", "completion")
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 EPILOG = """Start with `cir demo`: it needs no GPU and takes minutes.
@@ -224,6 +229,7 @@ def _add_unlearn(commands: Any, parents: list[Parser]) -> None:
         help="of the other presets: have the weights above the loss layers wait on the host (default: where the "
         "GPU's memory is short)",
     )
+    command.add_argument("--shard", **SHARD)
 
 
 def _add_verify(commands: Any, parents: list[Parser]) -> None:
@@ -271,6 +277,7 @@ def _add_eval(commands: Any, parents: list[Parser]) -> None:
         "--original", metavar="MODEL", help="the model before it forgot, for the attack that undoes small changes"
     )
     command.add_argument("--seed", type=whole, default=0, help="of the attacks' draws (default: %(default)s)")
+    command.add_argument("--shard", **SHARD)
     command.add_argument("--json", **JSON_TO)
 
 

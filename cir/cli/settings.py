@@ -16,7 +16,7 @@ from cir.system.files import is_json, named, shown, strict_json, whole_text
 NAME = "config.yaml"
 MOST = 2**20
 """Characters of such a file."""
-OF_THE_CALL = ("command", "config", "out", "overwrite", "quiet", "verbose", "debug", "json")
+OF_THE_CALL = ("command", "config", "out", "overwrite", "quiet", "verbose", "debug", "json", "process")
 """What a file that is written leaves out: it changes nothing of what is done."""
 
 

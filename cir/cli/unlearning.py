@@ -14,12 +14,14 @@ from cir import CIRConfig, Report, Subspaces, load_facts, unlearn
 from cir.cli.certificates import certified, evidence_of, signing_key
 from cir.cli.inputs import Inputs, paths
 from cir.cli.output import DONE, FAILED, INTERRUPTED, PARTLY, Outcome, complain, say
+from cir.cli.processes import way_to_shard
 from cir.cli.settings import NAME, used
 from cir.config import BreakingConfig
 from cir.data.facts import Fact
 from cir.forgetting.factors import LORA_FILES
-from cir.model.checkpoints import load_model, weights_of
+from cir.model.checkpoints import load_model, weights_of, whole_state
 from cir.proof.certificate import Witness
+from cir.system.processes import all_here
 from cir.system.signals import Held
 from cir.system.writing import check_output, write_folder
 
@@ -35,13 +37,20 @@ def run(arguments: argparse.Namespace) -> Outcome:
 def _run(arguments: argparse.Namespace, adapter: Path | None) -> Outcome:
     """``adapter``: where one is to be written for a while, if it is to be in place of a model."""
     # Everything that can be wrong is found before the model is loaded.
+    shard = way_to_shard(arguments.device, arguments.shard)
     nbytes, _ = weights_of(arguments.model, arguments.dtype)
-    out = check_output(arguments.out, arguments.overwrite, paths(arguments), nbytes if adapter is None else 0)
-    if adapter is not None and (arguments.certify or arguments.preset != "default"):
-        raise ValueError("--adapter: expected neither --certify, which is for models, nor another preset")
+    out = Path(arguments.out)
+    if arguments.process == 0:
+        out = check_output(out, arguments.overwrite, paths(arguments), nbytes if adapter is None else 0)
+    if adapter is not None and (arguments.certify or arguments.preset != "default" or shard is not None):
+        raise ValueError(
+            "--adapter: expected neither --certify, which is for models, nor another preset, nor several processes"
+        )
     inputs = Inputs.read(vars(arguments))
     base = CIRConfig.preset(arguments.preset)
     config = replace(base, **_given(arguments, base))
+    if shard is not None and (arguments.certify or isinstance(config, BreakingConfig)):
+        raise ValueError("expected neither --certify nor the paper's preset in several processes")
     contrast = None if arguments.contrast is None else load_facts(arguments.contrast)
     subspaces = None if arguments.subspaces is None else Subspaces.load(arguments.subspaces)
     evidence = evidence_of(inputs, relearning=not arguments.no_relearning) if arguments.certify else None
@@ -53,6 +62,7 @@ def _run(arguments: argparse.Namespace, adapter: Path | None) -> Outcome:
         device=arguments.device,
         dtype=arguments.dtype,
         offload_for=config if isinstance(config, BreakingConfig) and arguments.offload != "never" else None,
+        shard=shard,
     )
     witness = None if evidence is None else Witness(model, tokenizer, evidence, progress=not arguments.quiet)
     report = unlearn(
@@ -71,9 +81,11 @@ def _run(arguments: argparse.Namespace, adapter: Path | None) -> Outcome:
     method = {"name": "CIR", "model": arguments.model, **asdict(report.config)}
     certificate, failed = (None, None) if witness is None else certified(witness, method)
 
+    weights = whole_state(model)
+
     def fill(folder: Path) -> None:
         if adapter is None:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
         else:
             for name in LORA_FILES:
@@ -86,9 +98,12 @@ def _run(arguments: argparse.Namespace, adapter: Path | None) -> Outcome:
     if certificate is not None:
         say(f"verdict    {certificate.content['verdict']['heading']}")
     with Held():
-        out = write_folder(out, fill, arguments.overwrite)
+        if arguments.process == 0:
+            out = write_folder(out, fill, arguments.overwrite)
         _tell(report, out)
         missed = _missed(report, arguments.require_recall)
+        if shard is not None:
+            all_here()  # torchrun ends the first process, which writes, where another exits with a status of its own
     status = PARTLY if missed else DONE
     if failed is not None:
         complain(f"written without a certificate: {type(failed).__name__} {failed}")

@@ -16,6 +16,7 @@ from cir.forgetting.report import Epoch, Measure, Report
 from cir.forgetting.update import NonFiniteError, interpolate, phase, restore, snapshot
 from cir.measures import loss_rise, recall, token_losses
 from cir.model.sites import Target
+from cir.system.processes import agreed
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Meter:
             if read is None or tokens is None:
                 read = partial(partial, token_losses, model)
             self._losses = read(self._sample.rows)
-            self._original = self._losses()
+            self._original = agreed(self._losses())
         if not torch.isfinite(self._original).all():
             raise NonFiniteError(
                 "expected a finite loss on the disruption text before any update, got NaN or infinity"
@@ -61,15 +62,22 @@ class Meter:
     def measure(self) -> Measure:
         """The loss, and what is recalled of the facts."""
         with phase("budget check"):
-            losses = self._losses()
+            losses = agreed(self._losses())
         return self._measured(losses)
 
     def _measured(self, losses: torch.Tensor) -> Measure:
         rise, stderr = loss_rise(losses, self._original, self._sample)
         with phase("recall"):
             recalls = self._recalls()
+            shared = agreed(torch.tensor(list(recalls.values()), dtype=torch.float64))
         worst = float((losses - self._original).mean(1).max())
-        return Measure(recalls, self._sample.mean(losses.mean(1))[0], rise, stderr, worst)
+        return Measure(
+            dict(zip(recalls, shared.tolist(), strict=True)),
+            self._sample.mean(losses.mean(1))[0],
+            rise,
+            stderr,
+            worst,
+        )
 
 
 class Best:

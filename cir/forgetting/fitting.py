@@ -26,8 +26,11 @@ from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
 from cir.forgetting.update import fingerprint
 from cir.model.capture import AnswerCapture, Tokens, answering
 from cir.model.finding import find_stack
-from cir.model.sites import Target, sites_of, unwrapped
+from cir.model.linears import unwrapped
+from cir.model.shards import processes_of
+from cir.model.sites import Target, sites_of
 from cir.system.files import strict_json
+from cir.system.processes import together
 from cir.system.writing import write_file
 
 FORMAT = "cir-subspaces-2"
@@ -76,20 +79,21 @@ class Subspaces(SiteSubspaces):
         facts = load_facts(contrast) if contrast else []
         if texts is None and not facts:
             raise ValueError("expected texts or contrast facts to fit on, got neither")
-        stack = find_stack(model)
-        config = located(model, tokenizer, facts, config)
-        first = config.first_layer(len(stack.mlps))
-        targets = stack.writers(first)
-        rows = None if texts is None else chosen(windows(tokenizer, texts, config.retain_length), config)
-        with answering(model, stack, first) as tape:
-            length, at_once = config.max_length, tokens_at_once(model.device)
-            asked = questions(tape, tokenizer, facts, max_length=length, at_once=at_once)
-            solved = fitted(tape, targets, rows, asked, config, at_once=at_once, progress=progress)
-        fitted_on = {
-            "fingerprint": fingerprint(targets),
-            "layers": list(range(first, len(stack.mlps))),
-            "contrast": [asdict(fact) for fact in facts],
-        }
+        with together(processes_of(model)):
+            stack = find_stack(model, sharded=True)
+            config = located(model, tokenizer, facts, config)
+            first = config.first_layer(len(stack.mlps))
+            targets = stack.writers(first)
+            rows = None if texts is None else chosen(windows(tokenizer, texts, config.retain_length), config)
+            with answering(model, stack, first) as tape:
+                length, at_once = config.max_length, tokens_at_once(model.device)
+                asked = questions(tape, tokenizer, facts, max_length=length, at_once=at_once)
+                solved = fitted(tape, targets, rows, asked, config, at_once=at_once, progress=progress)
+            fitted_on = {
+                "fingerprint": fingerprint(targets),
+                "layers": list(range(first, len(stack.mlps))),
+                "contrast": [asdict(fact) for fact in facts],
+            }
         return cls(solved, solved.mode, json.loads(json.dumps(fitted_on)))  # as it is read back
 
     def save(self, path: str | Path) -> None:

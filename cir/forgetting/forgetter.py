@@ -17,11 +17,12 @@ from cir.forgetting.memory import tokens_of_a_step
 from cir.forgetting.plan import EpochLosses
 from cir.forgetting.questions import Questions, Rows, Sentence, ask, joined, peers, sentences, together
 from cir.forgetting.subspace import SiteSubspaces
-from cir.forgetting.update import NonFiniteError, add_outer, phase, restore, sign_step, sizes, snapshot
+from cir.forgetting.update import NonFiniteError, add_outer, norm_of, phase, restore, sign_step, sizes, snapshot
 from cir.model.capture import AnswerCapture, Tokens
 from cir.model.replay import Replays
 from cir.model.sites import Site, Target, names_of, sites_of
 from cir.model.taps import hit
+from cir.system.processes import anywhere
 
 LEAST_FALL = 2.0
 """Nats by which an answer has to fall that was not likely to begin with."""
@@ -94,7 +95,7 @@ class Forgetter:
         self._random = random.Random(config.seed)
         device = targets[0].weight.device
         self._at_once = at_once = at_once or tokens_of_a_step(device)
-        self._weight = _norm(targets)
+        self._weight = norm_of(targets)
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
         self._spare: list[Tensor] | None = None
         self._written, self._taught = (names_of(sites_of(of)) for of in (targets, tape.mlps))
@@ -146,7 +147,8 @@ class Forgetter:
         for _ in range(min(self._config.check_every, self._steps_left)):
             gone, self._steps_left = True, self._steps_left - 1
             for number in range(len(self._batches)):
-                if stop is not None and stop.is_set():
+                if stop is not None and anywhere(stop.is_set()):
+                    stop.set()
                     return EpochLosses(_mean(odds), left=self._facts_left())
                 step = self.step(number)
                 odds.append(step.odds)
@@ -339,11 +341,6 @@ def _replaced(now: Rows, then: Rows, floors: Tensor, returned: float) -> tuple[R
     left = now.odds - floors
     left = torch.where(returns, left.maximum(then.odds - returned), left)
     return replace(now, tokens=tokens), returns | (now.odds > floors), left
-
-
-@torch.no_grad()
-def _norm(targets: Sequence[Target]) -> float:
-    return sum(float(target.norm(torch.float64)) ** 2 for target in targets) ** 0.5
 
 
 def _mean(values: Sequence[float]) -> float:

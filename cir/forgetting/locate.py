@@ -22,7 +22,8 @@ from cir.forgetting.questions import Questions, questions
 from cir.measures import mean_recall, recall
 from cir.model.capture import AnswerCapture, frozen
 from cir.model.finding import find_stack
-from cir.model.sites import Stack, is_linear, unwrapped
+from cir.model.linears import is_linear, unwrapped
+from cir.model.sites import Stack
 
 KINDS = ("mlp", "attention")
 PLACES = ("subject", "last")
@@ -218,7 +219,7 @@ def located(
     """
     if config.layers is not None:
         return config
-    depth = len(find_stack(model, quantized).mlps)
+    depth = len(find_stack(model, quantized=quantized, sharded=True).mlps)
     first = pair_layer(model, tokenizer, facts, max_length=config.max_length, quantized=quantized)
     if first is None:
         return config
@@ -243,7 +244,7 @@ def pair_layer(
     Raises:
         ValueError: on a sentence of more than ``max_length`` tokens or of one.
     """
-    stack = find_stack(model, quantized)
+    stack = find_stack(model, quantized=quantized, sharded=True)
     facts = facts[:: -(-len(facts) // ASKED) or 1]
     if len(facts) < 2:
         return None

@@ -13,7 +13,9 @@ from cir.data.tokens import Batch
 from cir.forgetting.subspace import columns_at
 from cir.measures import TOKENS_PER_FORWARD, WINDOW
 from cir.model.offload import free_memory, upper_modules
+from cir.model.shards import gathered_bytes
 from cir.model.sites import Site, Stack, Target, apart, sites_of
+from cir.system.processes import least
 
 OFFLOAD = ("auto", "always", "never")
 TOKENS_AT_ONCE, ON_GPU, STEP_ON_GPU = 512, 2048, 768
@@ -94,8 +96,8 @@ def needed_to_forget(
 ) -> Need:
     """What :func:`cir.unlearn` takes, by counting: bases, the moments that they are solved from and, without a GPU,
     copies of the updated and of the relearned weights; deltas beside all of these, where they are left as they are;
-    hidden states of what is measured of ``text`` tokens; the rows of a step's tokens, twice, at about four sentences
-    a fact. ``device``: of the model, where it is not there yet.
+    hidden states of what is measured of ``text`` tokens; what FSDP gathers; the rows of a step's tokens, twice, at
+    about four sentences a fact. ``device``: of the model, where it is not there yet.
     """
     device = device or model.device
     sites = sites_of(targets)
@@ -121,7 +123,7 @@ def needed_to_forget(
         held += sum(target.weight.nbytes for target in relearned)
         # A gradient and what a weight becomes, in float32, where it is relearned.
         held += 2 * 4 * max(target.weight.shape[-2:].numel() for target in targets)
-    held += min(text, config.disruption_tokens or 0) * hidden * size
+    held += min(text, config.disruption_tokens or 0) * hidden * size + gathered_bytes(stack.owners)
     return Need(
         held=held,
         rows=2 * 4 * config.batch_size * size * sum(site.width * _rows(model, site) for site in sites),
@@ -189,6 +191,7 @@ def fits(model: Any, need: Need) -> Need:
     have = free_memory(model.device)
     if have is None:
         return need
+    have = least(have)  # of the device that has least: each process makes the same forwards
     roomy = replace(need, tokens=ROOMY * need.tokens)
     return roomy if model.device.type == "cuda" and 2 * roomy.peak < have else need.within(have)
 

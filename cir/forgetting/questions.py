@@ -14,6 +14,7 @@ from cir.data.facts import Fact
 from cir.data.tokens import Statement, continuation, opening, pad, statements
 from cir.model.capture import AnswerCapture, Below, Hidden, Tokens, at_least_float32
 from cir.model.replay import Replays, Values
+from cir.system.processes import agreed
 
 CONTEXT = 2
 """Tokens before another that make it likely whatever the fact: grammar, and the rest of a name."""
@@ -49,7 +50,7 @@ class Questions:
 
         def function(given: Values) -> Values:
             odds, hidden = self._predicted(tape, given)
-            return {ODDS: odds.detach(), **tape.backward((odds * given["counts"].to(odds)).sum(), hidden)}
+            return {ODDS: agreed(odds.detach()), **tape.backward((odds * given["counts"].to(odds)).sum(), hidden)}
 
         tokens = self._told("read", function, replays)
         return Rows(self.owners, tokens.pop(ODDS), tokens)
@@ -59,7 +60,7 @@ class Questions:
         """(T,) log-odds of the answers, in nats."""
 
         def function(given: Values) -> Values:
-            return {ODDS: self._predicted(tape, given)[0]}
+            return {ODDS: agreed(self._predicted(tape, given)[0])}
 
         return self._told("odds", function, replays)[ODDS]
 

@@ -38,7 +38,10 @@ from cir.measures import unknown_facts
 from cir.model.capture import answering
 from cir.model.deltas import with_deltas
 from cir.model.finding import find_stack
-from cir.model.sites import is_opaque, unwrapped
+from cir.model.linears import unwrapped
+from cir.model.shards import processes_of
+from cir.model.sites import is_opaque
+from cir.system.processes import anywhere, together
 from cir.system.signals import stop_on_signals
 
 logger = logging.getLogger(__name__)
@@ -142,22 +145,24 @@ def unlearn(
         else:
             kept = load_facts(contrast) if isinstance(contrast, str | Path) or len(contrast) else []
         followed = None if on_step is None else followers.step
-        plan = _plan(
-            model,
-            tokenizer,
-            facts,
-            kept,
-            config,
-            subspaces,
-            **texts,
-            beside=delivery is not None,
-            followed=followed,
-            progress=progress,
-        )
+        with together(processes_of(model)):
+            plan = _plan(
+                model,
+                tokenizer,
+                facts,
+                kept,
+                config,
+                subspaces,
+                **texts,
+                beside=delivery is not None,
+                followed=followed,
+                progress=progress,
+            )
     if progress:
         needed = f"about {plan.memory / 2**30:.2f} GiB are needed beyond the weights"
         tqdm.write(f"{needed}{plan.waiting}", file=sys.stderr)
-    report = _run(model, tokenizer, facts, config, plan, followers, delivery, progress)
+    with together(processes_of(model)):
+        report = _run(model, tokenizer, facts, config, plan, followers, delivery, progress)
     if delivery is not None:
         delivery.write()
     if on_signal == "raise" and followers.stop.is_set():
@@ -181,7 +186,7 @@ def _plan(
 ) -> Plan:
     """Steps along what is specific to each fact, until all are gone: of weights, or of deltas ``beside`` them."""
     check_contrast(facts, contrast)
-    stack = find_stack(model, quantized=beside)
+    stack = find_stack(model, quantized=beside, sharded=not beside)
     text, measured = split_text(tokenizer, retain, disruption, config)
     if subspaces is None:
         every = [*facts, *contrast]
@@ -289,9 +294,10 @@ def _run(
             for number in range(1, plan.epochs + 1):
                 with clock.phase("epochs"):
                     losses = epoch(number)
-                if followers.asked:
+                if anywhere(followers.asked):
                     stop.clear()  # it was set by a callback, not by a signal
-                if stop.is_set():
+                if anywhere(stop.is_set()):
+                    stop.set()
                     report.stopped = "interrupted"
                     break
                 with clock.phase("measure"):
@@ -301,7 +307,7 @@ def _run(
                 report.unforgotten = [facts[i].id for i in losses.left]
                 bar.set_postfix_str(_summary(report.epochs[-1].measure))
                 followers.rounds(report, None if isinstance(config, BreakingConfig) else len(losses.left))
-                if ended := _ended(report, inside, losses.gone, followers.asked):
+                if ended := _ended(report, inside, losses.gone, anywhere(followers.asked)):
                     report.stopped = ended
                     break
             if whole is not meter and report.stopped != "interrupted":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cir.measures import NonFiniteError
 from cir.model.capture import at_least_float32
 from cir.model.offload import free_memory
+from cir.model.shards import local, whole
 from cir.model.sites import Part, Target
 from cir_kernels import outer_norm_sq, outer_update_
 
@@ -120,6 +121,12 @@ def sizes(targets: Sequence[Target]) -> list[Tensor]:
 
 
 @torch.no_grad()
+def norm_of(targets: Sequence[Target]) -> float:
+    """The norm of all weights together, as the model came with them."""
+    return sum(float(target.norm(torch.float64)) ** 2 for target in targets) ** 0.5
+
+
+@torch.no_grad()
 def sign_step(targets: Sequence[Target], tokens: Mapping[str, Tensor], lengths: Sequence[Tensor], seed: int) -> None:
     """W <- W + length * sign(G^T A) for each target: a first step of Adam.
 
@@ -151,7 +158,7 @@ def snapshot(targets: Sequence[Weighted], into: Sequence[Tensor] | None = None, 
     """Copies of the target weights, on the host; in the memory of an earlier snapshot, ``into``, where given. With
     ``near``, beside the weights where their device has twice the room, from where they are back much faster.
     """
-    weights = [target.parameter for target in targets]
+    weights = [local(target.parameter) for target in targets]
     if into is None and near and _roomy(weights):
         into = [torch.empty_like(weight) for weight in weights]
     if into is None:
@@ -176,20 +183,20 @@ def _roomy(weights: Sequence[Tensor]) -> bool:
 def restore(targets: Sequence[Weighted], weights: Sequence[Tensor]) -> None:
     """Put weights taken by :func:`snapshot` back in place, bit for bit."""
     for target, weight in zip(targets, weights, strict=True):
-        target.parameter.copy_(weight)
+        local(target.parameter).copy_(weight)
 
 
 @torch.no_grad()
 def interpolate(targets: Sequence[Target], weights: Sequence[Tensor], share: float) -> None:
     """Leave ``share`` of the way from ``weights``, taken by :func:`snapshot`, to those that are in place."""
     for target, weight in zip(targets, weights, strict=True):
-        now = target.parameter
+        now = local(target.parameter)
         now.lerp_(weight.to(now.device), 1 - share)
 
 
 def fingerprint(targets: Sequence[Target]) -> str:
-    """SHA-256 over the names, types, shapes and bits of the target weights."""
-    return fingerprint_of((target.name, target.parameter.detach()) for target in targets)
+    """SHA-256 over the names, types, shapes and bits of the target weights, of which no two are gathered at once."""
+    return fingerprint_of((target.name, whole(target.parameter.detach())) for target in targets)
 
 
 def fingerprint_of(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -216,7 +223,8 @@ def _numbered(
     count, place = sum(max(1, target.experts) for target in targets), 0
     for target in targets:
         for part in target.parts(tokens):
-            yield target, part, seed * count + place + part.number
+            # Rounding is seeded by place, which within each part starts anew.
+            yield target, part, seed * count + place + part.number ^ (part.start << 40)
         place += max(1, target.experts)
 
 

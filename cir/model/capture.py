@@ -14,10 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from cir.data.tokens import Batch
+from cir.model.linears import matrix_of
 from cir.model.norms import fused_norms
 from cir.model.packing import packed_inputs
+from cir.model.shards import Split, gathered, group_of, is_sharded, local, reshard, ungathered
 from cir.model.sites import Site, Stack, Target
-from cir.model.taps import TappedLinear, keep_packed, replace_forward, run_all_experts, run_experts, runs_all
+from cir.model.taps import (
+    TappedLinear,
+    keep_packed,
+    parallel_linear,
+    replace_forward,
+    run_all_experts,
+    run_experts,
+    runs_all,
+)
 
 Tokens = dict[str, Tensor]
 """Rows (T, width) at each site, by site name; of experts (T, k, width), and by the name of their routes which (T, k).
@@ -87,7 +97,7 @@ class Capture:
                     undo.callback(mlp.module.register_forward_hook(keep_mlp(layer)).remove)
             undo.callback(layers[self._last_layer].register_forward_hook(keep_last).remove)
             undo.enter_context(self._recording(hidden))
-            stack.decoder(**inputs, use_cache=False)
+            stack.run(**inputs)
         return hidden
 
     def backward(self, loss: Tensor, hidden: Hidden) -> Tokens:
@@ -107,12 +117,15 @@ class Capture:
         finally:
             self._current = None
 
-    def _record(self, site: Site, rows: Tensor) -> None:
+    def _record(self, site: Site, rows: Tensor, of: Tensor | None = None) -> None:
+        """``of``: a parameter, whose part it is of the columns of ``rows``."""
         hidden = self._current
         if hidden is None or site.name in hidden.tokens:
             return
         rows = rows.detach() if site.experts else rows.detach().flatten(0, -2)
         rows = rows.index_select(0, hidden.counted.to(rows.device))
+        if of is not None:
+            rows = gathered(rows, of, site.width)
         if hidden.observe is not None:
             routes = {site.routes: hidden.tokens[site.routes]} if site.experts else {}
             hidden.observe({site.name: rows, **routes})
@@ -121,6 +134,10 @@ class Capture:
 
     def _tapped(self, target: Target) -> Callable[[Tensor], Tensor]:
         """What takes the place of the target's forward."""
+
+        parameter = target.parameter
+        if is_sharded(parameter) and target.owner is None:
+            return self._tapped_parallel(target, parameter)
 
         def record(grad: Tensor) -> None:
             self._record(target.gradient, grad)
@@ -131,13 +148,29 @@ class Capture:
             self._record(target.activation, x)
             if target.delta is not None:
                 return base(x) + TappedLinear.apply(x, self._tap, target.weight, None, record)
-            return TappedLinear.apply(x, self._tap, target.weight, target.bias, record)
+            # The weight as it is now: in a forward, FSDP has it gathered.
+            return TappedLinear.apply(x, self._tap, matrix_of(target.linear), target.bias, record)
+
+        return forward
+
+    def _tapped_parallel(self, target: Target, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same of a linear that is tensor parallel."""
+        by_row = cast(Split, target.split).dim == 0
+        group = group_of(parameter)
+
+        def record(grad: Tensor) -> None:
+            self._record(target.gradient, grad, parameter if by_row else None)
+
+        def forward(x: Tensor) -> Tensor:
+            self._record(target.activation, x, None if by_row else parameter)
+            bias = None if target.bias is None else local(target.bias)
+            return parallel_linear(x, self._tap, local(parameter), bias, record, group, by_row)
 
         return forward
 
     def _tapped_experts(self, experts: nn.Module, targets: Sequence[Target]) -> Callable[..., Tensor]:
         """The same of a module of experts, of which some or all are ``targets``."""
-        sites = {tap: site for target in targets for tap, site in zip(taps_of(target), target.sites, strict=True)}
+        sites = {tap: site for target in targets for tap, site in zip(target.taps, target.sites, strict=True)}
         routes = next(site.routes for site in sites.values() if site.experts)
 
         def record(tap: str, rows: Tensor) -> None:
@@ -160,11 +193,6 @@ class Capture:
             return run_all_experts(experts, x, self._tap, record)
 
         return unrouted if runs_all(experts) else routed
-
-
-def taps_of(target: Target) -> tuple[str, str]:
-    """What :func:`run_experts` calls the sites of experts."""
-    return ("in", "up.out") if target.gradient.experts else ("down.in", "down.out")
 
 
 @dataclass
@@ -213,8 +241,8 @@ class AnswerCapture(Capture):
 
     @property
     def weights(self) -> list[Tensor]:
-        """All parameters and buffers of the model."""
-        return [*self._model.parameters(), *self._model.buffers()]
+        """All parameters and buffers of the model; none where it is sharded, as they lie now here, now there."""
+        return [] if self._stack.root is not None else [*self._model.parameters(), *self._model.buffers()]
 
     @torch.no_grad()
     def below(self, batch: Batch, known: Tensor | None = None) -> Below:
@@ -241,7 +269,7 @@ class AnswerCapture(Capture):
             undo.callback(setattr, stack.decoder, stack.attribute, layers)
             setattr(stack.decoder, stack.attribute, layers[: self._first])
             undo.callback(layers[self._first - 1].register_forward_hook(keep).remove)
-            stack.decoder(**inputs, use_cache=False)
+            stack.run(**inputs)
         return below
 
     def predict(self, below: Below, at: Tensor, keep: bool = True) -> tuple[Tensor, Hidden]:
@@ -260,6 +288,7 @@ class AnswerCapture(Capture):
             undo.callback(self._head.register_forward_pre_hook(select).remove)
             if self._first:  # the layers stay in their places, whose numbers and kinds the decoder may look up
                 for layer in self._stack.layers[: self._first]:
+                    undo.enter_context(ungathered(layer))
                     replace_forward(undo, layer, lambda *args, **given: lower)
             if keep:
                 undo.enter_context(self._recording(hidden))
@@ -307,6 +336,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as undo:
         keep_packed(undo, model)
+        reshard(model)
+        undo.callback(reshard, model)  # what FSDP has gathered requires no gradient
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         for device in {parameter.device.type for parameter in model.parameters()} - {"meta"}:

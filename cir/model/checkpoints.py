@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from cir.model.finding import find_stack
 from cir.model.offload import free_memory, offloaded
+from cir.model.shards import processes_of, whole
 from cir.model.sites import Target
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,6 +33,7 @@ def load_model(
     device: str | None = None,
     dtype: str = "auto",
     offload_for: LossLayers | None = None,
+    shard: str | None = None,
 ) -> tuple[Any, Any]:
     """A causal LM in eval mode, and its tokenizer. Code that comes with a checkpoint is never run.
 
@@ -40,6 +43,7 @@ def load_model(
         dtype: one of :data:`DTYPES`; ``auto`` keeps the checkpoint's, and is float32 for GGUF.
         offload_for: where the weights are larger than the free memory of ``device``, have those wait on the host that
             no forget step of this :class:`cir.CIRConfig` reads, see :func:`cir.model.offload.offloaded`.
+        shard: ``fsdp`` or ``tp``, over the processes of ``torch.distributed``, on the device of each.
 
     Raises:
         FileNotFoundError: if ``source`` looks like a file that is not there.
@@ -53,6 +57,10 @@ def load_model(
 
     where_to = _device(device)
     need, precision = weights_of(source, dtype)
+    name, where = _place(source)
+    sharded = {} if shard is None else _sharded(source, shard)
+    if sharded:
+        offload_for, need = None, -(-need // dist.get_world_size())
     have = free_memory(where_to)
     if have is None or need <= have:
         offload_for = None
@@ -64,7 +72,6 @@ def load_model(
             f"expected {need / 2**30:.2f} GiB of free memory on {place} for the weights in {precision}, "
             f"got {have / 2**30:.2f} GiB"
         )
-    name, where = _place(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (ValueError, OSError, KeyError, TypeError) as error:
@@ -72,7 +79,9 @@ def load_model(
     model: Any
     about: Any
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=precision, output_loading_info=True, **where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=precision, output_loading_info=True, **where, **sharded
+        )
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{source}: expected whole weights, got {_first_line(error)}") from error
     model, about = loaded
@@ -92,9 +101,39 @@ def load_model(
     if offload_for is not None:
         stack = find_stack(model)
         offloaded(model, stack, offload_for.layers(len(stack.mlps))[-1], where_to)
-    else:
+    elif not sharded:
         model.to(where_to)
     return model.eval(), tokenizer
+
+
+def _sharded(source: str | Path, way: str) -> dict[str, Any]:
+    """What transformers is to be given to read but a part of the weights in each process."""
+    if way not in ("fsdp", "tp"):
+        raise ValueError(f"shard: expected fsdp or tp, got {way!r}")
+    if Path(source).suffix.lower() == ".gguf":
+        raise ValueError(f"{source}: expected safetensors to be sharded, got a GGUF file")
+    try:
+        from transformers.distributed import DistributedConfig
+
+        sizes: dict[str, Any] = {f"{way}_size": dist.get_world_size()}
+        return {"distributed_config": DistributedConfig(**sizes)}
+    except (ImportError, TypeError) as error:
+        raise ValueError(f"expected a transformers that loads sharded models (5.20), got {error}") from error
+
+
+def whole_state(model: Any) -> dict[str, torch.Tensor] | None:
+    """All weights of a sharded model, on the host, for ``save_pretrained(..., state_dict=...)`` of the first process;
+    every process must ask. None of a whole model, which can be saved as it is.
+    """
+    if processes_of(model) is None:
+        return None
+    found = {}
+    for name, tensor in model.state_dict().items():
+        gathered = whole(tensor)
+        if dist.get_rank() == 0:
+            found[name] = gathered.cpu()
+    model.config.__dict__.pop("distributed_config", None)  # by which saving would gather again, with the others
+    return found
 
 
 def weights_of(source: str | Path, dtype: str = "auto") -> tuple[int, torch.dtype]:

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from cir.model.sites import MLP, Site, Stack, Target, check_editable, is_linear, shape_of
+from cir.model.linears import is_linear, shape_of
+from cir.model.shards import check_whole, owners_of, processes_of
+from cir.model.sites import MLP, Site, Stack, Target, check_editable
 from cir.model.taps import is_experts, matrices_of, readers_of, runs_all
 
 
-def find_stack(model: nn.Module, quantized: bool = False) -> Stack:
-    """Find the decoder layers of a causal LM and the MLP in each.
+def find_stack(model: nn.Module, *, quantized: bool = False, sharded: bool = False) -> Stack:
+    """Find the decoder layers of a causal LM and the MLP in each. ``sharded``: whether it may be over processes.
 
     An MLP is known by its shape and not by its name: a module, or the layer itself, whose own linears are a down
     projection F -> D, and two D -> F (Llama, Mistral, Qwen, Gemma), one D -> 2F (Phi-3, GLM-4) or one D -> F
@@ -26,27 +28,34 @@ def find_stack(model: nn.Module, quantized: bool = False) -> Stack:
     Raises:
         ValueError: if the model has no such MLP in every decoder layer, or experts of another kind, if its weights
             are quantized and must not be, on the meta device, shared between layers or made of others, or if it has
-            adapters or is compiled in part or in place.
+            adapters or is compiled in part or in place; if it is sharded and may not be, or not in this way.
     """
     _check_as_it_is(model)
-    root, found = _found_mlps(model)
+    if not sharded:
+        check_whole(model)
+    owners = owners_of(model)
+    root = None if processes_of(model) is None else model
+    base, found = _found_mlps(model)
     if not found:
         raise ValueError(
             f"expected decoder layers with an MLP of linears, D -> F, 2F or twice F and F -> D, got none in "
             f"{type(model).__name__}"
         )
-    modules = dict(root.named_modules())
+    modules = dict(base.named_modules())
     holder = max(found, key=lambda h: len(found[h]))
     missing = [i for i in range(len(list(modules[holder].children()))) if i not in found[holder]]
     if missing:
         raise ValueError(f"expected an MLP of linears in every layer of {holder}, got none in {missing}")
-    prefix = next(name for name, module in model.named_modules() if module is root)
-    mlps = tuple(_mlp(prefix, modules, f"{holder}.{layer}", found[holder][layer]) for layer in sorted(found[holder]))
-    check_editable([target for mlp in mlps for target in mlp.targets], quantized)
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    mlps = tuple(
+        _mlp(prefix, modules, f"{holder}.{layer}", found[holder][layer], owners) for layer in sorted(found[holder])
+    )
+    check_editable([target for mlp in mlps for target in mlp.targets], root, quantized)
     parent, _, attribute = holder.rpartition(".")
     if "input_ids" not in signature(modules[parent].forward).parameters:
         raise ValueError(f"expected layers that are run on input_ids, got those of {type(modules[parent]).__name__}")
-    return Stack(modules[parent], attribute, mlps, f"{prefix}.{holder}".lstrip("."), quantized)
+    path = f"{prefix}.{holder}".lstrip(".")
+    return Stack(modules[parent], attribute, mlps, path, quantized=quantized, root=root, owners=owners)
 
 
 def _check_as_it_is(model: nn.Module) -> None:
@@ -165,7 +174,9 @@ def _linears_of_mlp(module: nn.Module, width: int | None) -> list[str] | None:
     return None
 
 
-def _mlp(prefix: str, modules: Mapping[str, nn.Module], layer: str, found: _Found) -> MLP:
+def _mlp(
+    prefix: str, modules: Mapping[str, nn.Module], layer: str, found: _Found, owners: Mapping[nn.Module, nn.Module]
+) -> MLP:
     """``prefix``: of the model's own names of ``modules``, by which ``layer`` and what was ``found`` in it are."""
 
     def own(name: str) -> str:
@@ -174,7 +185,7 @@ def _mlp(prefix: str, modules: Mapping[str, nn.Module], layer: str, found: _Foun
     targets, writers, inside = list[Target](), list[Target](), set[nn.Module]()
     block: nn.Module | None = None
     if found.dense is not None:
-        targets += _dense(own(found.dense), modules[found.dense], found.linears)
+        targets += _dense(own(found.dense), modules[found.dense], found.linears, owners)
         writers.append(targets[-1])
         inside |= {target.linear for target in targets}
         block = targets[-1].linear
@@ -188,14 +199,14 @@ def _mlp(prefix: str, modules: Mapping[str, nn.Module], layer: str, found: _Foun
     return MLP(tuple(targets), tuple(writers), block, frozenset(inside))
 
 
-def _dense(name: str, module: nn.Module, order: list[str]) -> list[Target]:
+def _dense(name: str, module: nn.Module, order: list[str], owners: Mapping[nn.Module, nn.Module]) -> list[Target]:
     *readers, down = (module.get_submodule(child) for child in order)
     read = Site(f"{name}.in", shape_of(readers[0])[1], "activation")
     hidden = Site(f"{name}.{order[-1]}.in", shape_of(down)[1], "activation")
 
     def target(child: str, linear: nn.Module, site: Site) -> Target:
         gradient = Site(f"{name}.{child}.out", shape_of(linear)[0], "gradient")
-        return Target(linear, site, gradient, f"{name}.{child}.weight")
+        return Target(linear, site, gradient, f"{name}.{child}.weight", owner=owners.get(linear))
 
     read_by = [target(child, linear, read) for child, linear in zip(order, readers, strict=False)]
     return [*read_by, target(order[-1], down, hidden)]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cir.model.shards import is_sharded
+
 ON = ("cuda",)
 """Kinds of devices on which launches are what a norm costs."""
 _FUSABLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -22,7 +24,9 @@ def fused_norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor]
     for module in model.modules():
         weight = getattr(module, "weight", None)
         # What another library hung on an instance may move its input from another device: it stays.
-        if isinstance(weight, Tensor) and weight.device.type in ON and "forward" not in module.__dict__:
+        if not isinstance(weight, Tensor) or is_sharded(weight):
+            continue
+        if weight.device.type in ON and "forward" not in module.__dict__:
             if module not in _FUSABLE:
                 _FUSABLE[module] = is_rms_norm(module)
             if _FUSABLE[module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from inspect import signature
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from cir.data.tokens import Batch
 from cir.model.sites import Stack
 from cir.model.taps import is_experts, replace_forward, runs_all
+from cir.system.processes import everywhere
 
 
 def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -23,7 +25,7 @@ def packed_inputs(stack: Stack, batch: Batch) -> tuple[dict[str, Tensor], Tensor
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         return inputs, batch.attention_mask.flatten().nonzero().squeeze(1)
     # Padding would be a third of short sentences; packed, positions that restart keep them apart in attention.
-    if keeps_apart(stack.decoder):
+    if keeps_apart(stack.decoder, stack.run):
         input_ids, position_ids, places = batch.packed
         return {"input_ids": input_ids, "position_ids": position_ids}, places
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
@@ -38,12 +40,14 @@ _APART: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def keeps_apart(decoder: nn.Module) -> bool:
+def keeps_apart(decoder: nn.Module, run: Callable[..., Any] | None = None) -> bool:
     """Whether what ``decoder`` says of a sentence is the same to the bit whatever sentence is packed before it: not
-    so where layers are recurrent or convolve, which do not look at positions. Run once, on tokens of no meaning.
+    so where layers are recurrent or convolve, which do not look at positions. Run once, on tokens of no meaning,
+    by ``run``, if not itself.
     """
     if "position_ids" not in signature(decoder.forward).parameters:
         return False
+    run = run or partial(decoder, use_cache=False)
     known, attention = _APART.setdefault(decoder, {}), _attention_of(decoder)
     if attention not in known:
         embedding = cast(nn.Embedding, decoder.get_input_embeddings())  # type: ignore[operator]
@@ -67,8 +71,8 @@ def keeps_apart(decoder: nn.Module) -> bool:
             for before in (first, first.flip(0) + 7):
                 said.append([])
                 ids = (torch.cat([before, second]) % embedding.num_embeddings)[None].to(position_ids.device)
-                said[-1].append(decoder(input_ids=ids, position_ids=position_ids, use_cache=False)[0][0, 16:])
-        known[attention] = all(map(torch.equal, *said))
+                said[-1].append(run(input_ids=ids, position_ids=position_ids)[0][0, 16:])
+        known[attention] = everywhere(all(map(torch.equal, *said)))
     return known[attention]
 
 

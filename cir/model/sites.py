@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from cir.model.taps import hit, keep_packed, matrices_of, run_all_experts, run_experts, runs_all
+from cir.model.linears import is_linear, linears_run, shape_of
+from cir.model.shards import Split, check_plan, is_sharded, local
+from cir.model.taps import hit, matrices_of, replace_forward, run_all_experts, run_experts, runs_all
+from cir.system.processes import summed
 
 EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,7 +63,8 @@ class Site:
 
 class Part(NamedTuple):
     """One matrix of a target, and its rows: the gradient of ``weight`` (D_out, D_in) is ``gradient``^T
-    ``activation``. ``number``: of its expert, else 0.
+    ``activation``. ``number``: of its expert, else 0. Of a target that is divided over processes the part that is
+    here, from the row or column ``start`` on, and the columns of the rows that change it.
     """
 
     number: int
@@ -69,6 +72,7 @@ class Part(NamedTuple):
     weight: Tensor
     gradient: Tensor
     activation: Tensor
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class Delta:
 @dataclass(frozen=True)
 class Target:
     """A linear to be edited, with the sites of its input A (T, D_in) and output gradient G (T, D_out); or all
-    experts of a layer, E matrices (D_out, D_in) in one parameter.
+    experts of a layer, E matrices (D_out, D_in) in one parameter. ``owner``: the module of FSDP, if any, that gathers
+    what it is divided in.
     """
 
     linear: nn.Module
@@ -96,10 +101,17 @@ class Target:
     """Within the model."""
     delta: Delta | None = field(default=None, compare=False)
     """What changes in place of its weight, if anything does: then that is its ``parameter`` and ``weight``."""
+    owner: nn.Module | None = None
+    """The module of FSDP that gathers its weight, if any does."""
 
     @property
     def sites(self) -> tuple[Site, Site]:
         return self.activation, self.gradient
+
+    @property
+    def taps(self) -> tuple[str, str]:
+        """What :func:`cir.model.taps.run_experts` calls these, where there are experts."""
+        return ("in", "up.out") if self.gradient.experts else ("down.in", "down.out")
 
     @property
     def experts(self) -> int:
@@ -114,27 +126,36 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """Its weight as the model keeps it."""
+        """Its weight as the model keeps it: between forwards, where FSDP gathers it for these."""
         if self.delta is not None:
             return self.delta.value
+        if self.owner is not None:
+            self.owner.reshard()  # type: ignore[operator]
         return cast(nn.Parameter, getattr(self.linear, self.parameter_name.rpartition(".")[2]))
 
     @property
     def weight(self) -> Tensor:
-        """Its weight (D_out, D_in), of experts (E, D_out, D_in): the parameter, or a view of it; what is written
-        there changes the model.
+        """Its weight (D_out, D_in), of experts (E, D_out, D_in), or the part of it that is here: the parameter, or a
+        view of it; what is written there changes the model.
         """
         if self.delta is not None:
             return self.delta.value
         if self.experts:
             return matrices_of(self.linear, self.parameter_name.rpartition(".")[2])
-        return matrix_of(self.linear)
+        kept = local(self.parameter)
+        return kept if isinstance(self.linear, nn.Linear) else kept.T
+
+    @property
+    def split(self) -> Split | None:
+        """Which part of its matrix (D_out, D_in) is here; None if it is whole."""
+        return Split.of(self.parameter)
 
     def norm(self, dtype: torch.dtype) -> Tensor:
         """The Frobenius norm of the weight that the model came with, a scalar of ``dtype`` on its device."""
         if self.delta is not None:
             return self.parameter.new_tensor(self.delta.norm, dtype=dtype)
-        return torch.linalg.vector_norm(self.parameter, dtype=dtype)
+        norm = torch.linalg.vector_norm(local(self.parameter), dtype=dtype)
+        return norm if self.split is None else summed(norm.square()).sqrt()
 
     @property
     def bias(self) -> Tensor | None:
@@ -154,15 +175,21 @@ class Target:
         """Its matrices that ``tokens`` change, each with its rows."""
         g, a = tokens[self.gradient.name], tokens[self.activation.name]
         if not self.experts:
-            yield Part(0, self.name, self.weight, g, a)
+            split = self.split
+            if split is None:
+                yield Part(0, self.name, self.weight, g, a)
+            elif split.start < split.stop:  # of few rows there may be none here
+                own = slice(split.start, split.stop)
+                g, a = (g[:, own], a) if split.dim == 0 else (g, a[:, own])
+                yield Part(0, self.name, self.weight, g, a, split.start)
             return
         weight = self.weight
         for number, of_tokens, places in hit(tokens[self.gradient.routes or self.activation.routes], self.experts):
-            rows = (
+            own_g, own_a = (
                 x.flatten(0, 1)[places] if site.experts else x[of_tokens]
                 for site, x in ((self.gradient, g), (self.activation, a))
             )
-            yield Part(number, name_of_expert(self.name, number, self.experts), weight[number], *rows)
+            yield Part(number, name_of_expert(self.name, number, self.experts), weight[number], own_g, own_a)
 
 
 @dataclass(frozen=True)
@@ -202,10 +229,22 @@ class Stack:
     """Whether its linears may be quantized: then only deltas beside them can change."""
     deltas: Mapping[str, Delta] = field(default_factory=dict)
     """Of the linears that have one, by name."""
+    root: nn.Module | None = None
+    """The model, where it is sharded: what FSDP gathers for its forward, others of its modules read too."""
+    owners: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
+    """See :func:`cir.model.shards.owners_of`."""
 
     @property
     def layers(self) -> nn.ModuleList:
         return getattr(self.decoder, self.attribute)
+
+    def run(self, **inputs: Any) -> Any:
+        """What the decoder says."""
+        if self.root is None:
+            return self.decoder(**inputs, use_cache=False)
+        with ExitStack() as undo:
+            replace_forward(undo, self.root, lambda: self.decoder(**inputs, use_cache=False))
+            return self.root()
 
     def targets(self, last_layer: int) -> list[Target]:
         """The linears of layers 0..last_layer: all that a loss on those layers sends gradient to."""
@@ -221,7 +260,7 @@ class Stack:
         found = []
         for number in range(first_layer, len(self.mlps)):
             found += [self._attention_output(number), *self.mlps[number].writers]
-        check_editable(found, self.quantized)
+        check_editable(found, self.root, self.quantized)
         return found
 
     def _attention_output(self, number: int) -> Target:
@@ -238,12 +277,14 @@ class Stack:
                 f"{self.path}.{number}: expected an attention whose output projection is a linear into {width}, the "
                 f"hidden size, got none in {type(self.layers[number]).__name__}"
             )
-        turns = linears_run(self.decoder)
+        turns = linears_run(self.decoder, self.run)
         name, linear = max(linears, key=lambda found: turns.get(found[1], -1))  # of equals the first is found
         name = f"{self.path}.{number}.{name}"
         read = Site(f"{name}.in", shape_of(linear)[1], "activation")
-        out = Site(f"{name}.out", width, "gradient")
-        return Target(linear, read, out, f"{name}.weight", self.deltas.get(name))
+        written = Site(f"{name}.out", width, "gradient")
+        return Target(
+            linear, read, written, f"{name}.weight", delta=self.deltas.get(name), owner=self.owners.get(linear)
+        )
 
 
 def sites_of(targets: Sequence[Target]) -> list[Site]:
@@ -265,81 +306,22 @@ def apart(sites: Sequence[Site]) -> list[Site]:
     ]
 
 
-_TURNS: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, int]] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def linears_run(decoder: nn.Module) -> Mapping[nn.Module, int]:
-    """When each linear is run in a forward, the first at 0: as it is declared, where there are no weights to run.
-
-    Projections of gates and of keys may be declared after that of the output. Run once, on two tokens of no meaning.
-
-    Raises:
-        ValueError: if ``decoder`` does not run on token ids alone.
-    """
-    linears = [module for module in decoder.modules() if is_linear(module)]
-    if any(isinstance(p, FakeTensor) or p.device.type == "meta" for p in decoder.parameters()):
-        return {linear: number for number, linear in enumerate(linears)}
-    if decoder not in _TURNS:
-        turns: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-        with ExitStack() as undo:
-            for module in decoder.modules():
-                undo.callback(setattr, module, "training", module.training)
-            decoder.eval()
-            keep_packed(undo, decoder)
-            for linear in linears:
-                hook = linear.register_forward_hook(lambda module, args, output: turns.update({module: len(turns)}))
-                undo.callback(hook.remove)
-            device = next(decoder.parameters()).device
-            try:
-                decoder(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
-            except Exception as error:
-                raise ValueError(f"expected layers that are run on input_ids alone, got {error!s:.200}") from error
-        _TURNS[decoder] = turns
-    return _TURNS[decoder]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether it multiplies rows with a matrix: nn.Linear, or Conv1D of transformers, as GPT-2 has it."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def matrix_of(linear: nn.Module) -> torch.Tensor:
-    """The weight (D_out, D_in) of what :func:`is_linear`; Conv1D keeps the transpose."""
-    weight = cast(torch.Tensor, linear.weight)
-    return weight if isinstance(linear, nn.Linear) else weight.T
-
-
-def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(D_out, D_in) of what :func:`is_linear`, whose weight may be packed."""
-    if isinstance(linear, nn.Linear):
-        return linear.out_features, linear.in_features
-    hidden, inner = matrix_of(linear).shape
-    return hidden, inner
-
-
-def unwrapped(model: Any) -> Any:
-    """The model that ``torch.compile``, DataParallel or DistributedDataParallel wraps: its parameters are the same,
-    and its own names are those of its checkpoints.
-    """
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-
-
-def check_editable(targets: Sequence[Target], quantized: bool = False) -> None:
+def check_editable(targets: Sequence[Target], root: nn.Module | None = None, quantized: bool = False) -> None:
     """Raise ValueError unless the weights of ``targets`` can be changed; or, with ``quantized``, be left as they are
-    while deltas beside them change.
+    while deltas beside them change. ``root``: the model, where it is sharded.
     """
     seen: dict[int, str] = {}
     for target in targets:
         weight, linear, name = target.parameter, target.linear, target.name
         if target.delta is not None:
             continue  # looked at before it was there
+        if root is not None and (split := target.split) is not None:
+            if type(linear).forward is not nn.Linear.forward:
+                raise ValueError(
+                    f"{name}: expected an nn.Linear in a model sharded over processes, got {type(linear).__name__}"
+                )
+            if target.owner is None:
+                check_plan(root, name, split)
         opaque = is_opaque(target)
         if opaque and not (quantized and isinstance(linear, nn.Linear)):
             kind = type(weight.data).__name__ if _is_subclass(weight) else weight.dtype
@@ -393,4 +375,5 @@ def _is_plain(target: Target) -> bool:
 
 
 def _is_subclass(weight: Tensor) -> bool:
-    return isinstance(weight, nn.Parameter) and type(weight.data) not in (Tensor, FakeTensor)
+    plain = is_sharded(weight) or type(weight.data) in (Tensor, FakeTensor)
+    return isinstance(weight, nn.Parameter) and not plain

@@ -13,6 +13,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,6 +49,49 @@ class TappedLinear(torch.autograd.Function):
         (grad,) = grads
         ctx.record(grad)
         return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+class _Shared(torch.autograd.Function):
+    """x, which all processes of ``group`` have, and whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _summed(grads[0], ctx.group), None
+
+
+class _Summed(torch.autograd.Function):
+    """The sum of what the processes of ``group`` have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def parallel_linear(
+    x: Tensor, tap: Tensor, part: Tensor, bias: Tensor | None, record: Record, group: dist.ProcessGroup, by_row: bool
+) -> Tensor:
+    """:class:`TappedLinear` of a weight of which each process of ``group`` has a ``part``: some of its rows, which
+    read all of x, and give the same columns of y; else some of its columns, which read the same of x, and all of y.
+    """
+    if by_row:
+        return TappedLinear.apply(_Shared.apply(x, group), tap, part, bias, record)
+    y = _Summed.apply(TappedLinear.apply(x, tap, part, None, record), group)
+    return y if bias is None else y + bias
 
 
 class _Tapped(torch.autograd.Function):

@@ -19,7 +19,7 @@ from cir.data.facts import Fact, Probe, check_apart, load_facts
 from cir.data.tokens import continuation, pad
 from cir.measures import Estimate, estimate, extracted, recall
 from cir.model.finding import find_stack
-from cir.model.sites import is_linear, matrix_of
+from cir.model.linears import is_linear, matrix_of, unwrapped
 from cir.system.checks import check_number
 
 SHOTS = 4
@@ -61,6 +61,7 @@ def attack(
     """
     check_number("samples", samples, 1)
     check_number("seed", seed, 0)
+    model = unwrapped(model)
     facts, related = load_facts(facts), load_facts(related) if related else []
     if not any(fact.probes or fact.choices for fact in facts):
         raise ValueError("facts: expected some with probes or choices, got none: nothing could be asked")

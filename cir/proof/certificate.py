@@ -31,6 +31,8 @@ from cir.measures import (
     unknown_facts,
 )
 from cir.model.finding import find_stack
+from cir.model.linears import unwrapped
+from cir.model.shards import check_whole
 from cir.proof.attacks import attack
 from cir.proof.page import page
 from cir.proof.relearning import worst_relearning
@@ -131,6 +133,8 @@ class Examiner:
         reference: Reference | None = None,
         progress: bool = True,
     ) -> None:
+        model = unwrapped(model)
+        check_whole(model)
         self._model, self._tokenizer, self._evidence, self._progress = model, tokenizer, evidence, progress
         self.unknown = list(unknown_facts(model, tokenizer, evidence.facts) if unknown is None else unknown)
         self._facts = [fact for fact in evidence.facts if fact.id not in self.unknown]
@@ -178,10 +182,10 @@ class Witness:
     """
 
     def __init__(self, model: Any, tokenizer: Any, evidence: Evidence, *, progress: bool = True) -> None:
-        self._model, self._evidence = model, evidence
+        self._model, self._evidence = unwrapped(model), evidence
         self._examiner = Examiner(model, tokenizer, evidence, progress=progress)
         self._hash, self._before = weights_hash(model), self._examiner.examine()
-        stack = find_stack(model)
+        stack = find_stack(self._model)
         targets = stack.targets(len(stack.mlps) - 1)
         names = [target.parameter_name for target in targets]
         self._original = dict(zip(names, snapshot(targets), strict=True))
@@ -306,4 +310,4 @@ def _bytes(path: Path, most: int) -> bytes:
 
 def weights_hash(model: Any) -> str:
     """SHA-256 over the names, types, shapes and bits of all parameters."""
-    return fingerprint_of((name, parameter.detach()) for name, parameter in model.named_parameters())
+    return fingerprint_of((name, parameter.detach()) for name, parameter in unwrapped(model).named_parameters())

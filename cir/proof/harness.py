@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cir.measures import Estimate
+from cir.model.linears import unwrapped
+from cir.model.shards import check_whole
 
 
 def check_installed() -> None:
@@ -34,6 +36,8 @@ def harness(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    model = unwrapped(model)
+    check_whole(model)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
     return {task: _accuracy(task, found) for task in tasks}

@@ -20,8 +20,9 @@ from cir.forgetting.update import NonFiniteError, restore, snapshot
 from cir.measures import Estimate, estimate, recall
 from cir.model.capture import frozen
 from cir.model.finding import find_stack
+from cir.model.linears import unwrapped
 from cir.model.packing import packed_inputs
-from cir.model.sites import Stack, Target, unwrapped
+from cir.model.sites import Stack, Target
 from cir.model.taps import is_transposed
 from cir.system.checks import check_number
 

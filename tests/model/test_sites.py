@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import cir
 from cir.model.finding import find_stack
-from cir.model.sites import sites_of, unwrapped
+from cir.model.linears import unwrapped
+from cir.model.sites import sites_of
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
 
 WIDE = cir.EditConfig(target_recall=0.3, keep=0.9, budget=1.0, worst_window=1.0)

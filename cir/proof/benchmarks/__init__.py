@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cir.data.datasets import benchmark_rows
+from cir.model.linears import unwrapped
+from cir.model.shards import check_whole
 from cir.proof.benchmarks import choices, edits, muse, rwku, tofu
 from cir.proof.benchmarks.result import BenchmarkResult
 from cir.system.files import shown
@@ -60,6 +62,8 @@ def benchmark(
         FileNotFoundError: if ``path`` lacks a part, or there is neither a connection nor a copy in the cache.
         NonFiniteError: if what the model says is NaN or infinite.
     """
+    model = unwrapped(model)
+    check_whole(model)
     parts = benchmark_rows(name, path, limit=limit)
     measure, takes = _KINDS[name.lower().split("-")[0]]
     given = {"reference": reference, "prompt": prompt}
