@@ -39,7 +39,9 @@ def with_deltas(model: Any, stack: Stack, first_layer: int, *, empty: bool = Fal
 
 def _beside(target: Target, dtype: torch.dtype, empty: bool) -> Delta:
     if target.experts:
-        raise ValueError(f"adapter: expected a model of linears, got the experts {target.name}, which LoRA has not")
+        raise ValueError(
+            f"adapter: expected a model of linears, got the experts {target.name}, beside which none is made"
+        )
     opaque, weight = is_opaque(target), target.parameter
     if not opaque:
         dtype = weight.dtype
