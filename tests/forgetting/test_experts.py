@@ -18,6 +18,7 @@ from cir.forgetting.update import add_outer, outer_norm_sq, restore, sign_step, 
 from cir.measures import mean_recall, recall
 from cir.model.finding import find_stack
 from cir.model.sites import apart, sites_of
+from tests.model.families import build
 from tests.tiny import TEXT, facts, knowing_mixture, word_tokenizer
 
 TOLD = cir.load_facts(facts(12))
@@ -153,3 +154,15 @@ def test_what_is_not_built_for_mixtures_is_refused_before_anything_changes(mixtu
         cir.unlearn(mixture, word_tokenizer(), TOLD[:4], retain=TEXT, config=config, progress=False)
     with pytest.raises(ValueError, match="expected a dense model to plan for, got a mixture of experts"):
         plan(mixture.config, 4, gpu="h100")
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj: expected .* got MixtralExperts with torch.float64"):
+        find_stack(copy.deepcopy(mixture).double())
+
+
+def test_where_two_modules_say_what_an_mlp_does_what_breaks_one_is_refused(unchanged):
+    model, tokenizer = build("granitemoeshared"), word_tokenizer()
+    unchanged(model)
+    config = replace(CIRConfig.paper(), loss_layers=(1, 2), retain_length=32)
+    with pytest.raises(ValueError, match=r"one module that puts out all of a layer's MLP, got two in layers \[1\]"):
+        cir.unlearn(model, tokenizer, TOLD[:4], retain=TEXT, config=config, progress=False)
+    with pytest.raises(ValueError, match="layer 0: expected one module that puts out all of its MLP, got two"):
+        cir.locate(model, tokenizer, TOLD[:4], progress=False)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn.utils import prune
@@ -198,6 +200,18 @@ def test_refuses_experts_that_do_not_say_what_is_expected():
     model = build("glm4_moe", **EXPERTS["glm4_moe"])
     model.model.layers[1].mlp.experts.has_post_expert_norm = True
     with pytest.raises(ValueError, match="expected a dense model, or experts as transformers has them"):
+        find_stack(model)
+
+
+def test_refuses_experts_of_two_kinds_or_of_another_width():
+    model = build("glm4_moe", **EXPERTS["glm4_moe"])
+    block = model.model.layers[1].mlp
+    block.more = copy.deepcopy(block.experts)
+    with pytest.raises(ValueError, match=r"one module of experts a layer, got layers.1.mlp.experts and .*mlp.more"):
+        find_stack(model)
+    del block.more
+    block.experts.down_proj = torch.nn.Parameter(torch.zeros(4, 20, 8))
+    with pytest.raises(ValueError, match=r"experts from and to 24, the hidden size, got 24 to 20"):
         find_stack(model)
 
 
