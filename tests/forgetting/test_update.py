@@ -45,6 +45,22 @@ def test_plain_step_is_sgd(model):
         torch.testing.assert_close(target.linear.weight.double(), weight - 1e-2 * gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_what_bfloat16_drops_is_kept_for_the_next_step_of_each_weight():
+    moved = {}
+    for how in ("nearest", "compensated"):
+        model = tiny_llama(torch.bfloat16)
+        targets, remainders = find_stack(model).targets(0), {}
+        tokens, before = random_tokens(targets), snapshot(targets)
+        for step in range(64):  # each alone is less than half of what most weights can move by
+            plain_step(targets, tokens, 1e-5, how, step, remainders)
+        moved[how] = [t.weight.detach().double() - w.double() for t, w in zip(targets, before, strict=True)]
+    assert remainders.keys() == {target.name for target in targets}
+    for target, nearest, kept in zip(targets, moved["nearest"], moved["compensated"], strict=True):
+        exact = -64e-5 * oracle.outer_sum(tokens[target.gradient.name], tokens[target.activation.name])
+        assert (nearest - exact).norm() > 0.5 * exact.norm()
+        assert (kept - exact).norm() < 0.5 * (nearest - exact).norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_sign_step_moves_every_weight_by_as_much_on_average(dtype):
     targets = find_stack(tiny_llama(dtype)).targets(0)

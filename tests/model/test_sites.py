@@ -211,7 +211,7 @@ def test_refuses_experts_of_two_kinds_or_of_another_width():
         find_stack(model)
     del block.more
     block.experts.down_proj = torch.nn.Parameter(torch.zeros(4, 20, 8))
-    with pytest.raises(ValueError, match=r"experts from and to 24, the hidden size, got 24 to 20"):
+    with pytest.raises(ValueError, match=r"experts from and to 16, the hidden size, got from 16 to 20"):
         find_stack(model)
 
 
