@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, made from the rows of bench/results, so that no figure in them is typed.
+"""Tables of the docs, made from the rows of bench/results, so that no figure in them is typed.
 
     python -m bench.tables [--check]
 
@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.records import ROOT
+from cir.measures import estimate
 
-DOCS = ROOT / "docs" / "benchmarks.md"
+DOCS = tuple(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "trust"))
 RESULTS = ROOT / "bench" / "results"
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 TEN, TWENTY_NINE, ALL = "1e952f445a45", "ca2aa8f2471f", "6574aa983c6e"
@@ -51,10 +52,28 @@ EIGHT_B: list[tuple[str, dict[str, Any]]] = [
     ("", {"task": "W1", "form": "eager", "commit": "3b15fdf"}),
     ("the paper's way, the upper weights on the host", {"task": "W1", "form": "saving", "commit": "244feaf"}),
 ]
+WORLD_COMMIT = "6455e16"
+WORLD = {
+    "untouched": "untouched",
+    "cir": "`cir.unlearn`, floor -8",
+    "editor": "`Editor`, one after the other",
+    "paper": "the paper's preset",
+    "repselect": "RepSelect",
+    "graddiff": "GradDiff",
+    "npo": "NPO",
+    "simnpo": "SimNPO",
+    "rmu": "RMU",
+    "circuit_breakers": "Circuit Breakers",
+}
 
 
 def found(name: str, **wanted: Any) -> dict[str, Any]:
-    """The last row of ``bench/results/NAME.jsonl`` that has what is ``wanted``.
+    """The last of :func:`rows_of`."""
+    return rows_of(name, **wanted)[-1]
+
+
+def rows_of(name: str, **wanted: Any) -> list[dict[str, Any]]:
+    """The rows of ``bench/results/NAME.jsonl`` that have what is ``wanted``.
 
     Raises:
         LookupError: if there is none.
@@ -63,7 +82,7 @@ def found(name: str, **wanted: Any) -> dict[str, Any]:
     rows = [row for row in map(json.loads, lines) if all(row.get(key) == value for key, value in wanted.items())]
     if not rows:
         raise LookupError(f"{name}.jsonl: expected a row of {wanted}, got none")
-    return rows[-1]
+    return rows
 
 
 def ours() -> list[list[str]]:
@@ -158,21 +177,49 @@ def eight_b() -> list[list[str]]:
     return lines
 
 
+def world() -> list[list[str]]:
+    """Means over seeds, each with its standard error in percentage points."""
+    columns = ("recall", "worst", "gold_attacked", "neighbours", "same_subject", "unrelated")
+    head = [
+        "text",
+        "worst window (nats)",
+        "recall of V",
+        "worst attack",
+        "gold, attacked",
+        "relation",
+        "subject",
+        "rest",
+    ]
+    lines = []
+    for name, label in WORLD.items():
+        own = rows_of("world", size="2m", version=2, commit=WORLD_COMMIT, method=name)
+        seeds = sorted(row["seed"] for row in own)
+        rise = "" if name == "untouched" else f"{sum(row['rise'] for row in own) / len(own):+.2%}"
+        window = "" if name == "untouched" else f"{max(row['worst_window'] for row in own):.2f}"
+        lines.append([label, rise, window, *(_mean([row.get(column) for row in own]) for column in columns)])
+    return [[f"seeds {', '.join(map(str, seeds))}", *head], *lines]
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    mean = estimate(value for value in values if value is not None)
+    return "" if mean is None else f"{100 * mean.value:.1f} ± {100 * mean.stderr:.1f} %"
+
+
 TABLES: dict[str, Callable[[], list[list[str]]]] = {
-    function.__name__: function for function in (ours, strong, baselines, cpu, small, eight_b)
+    function.__name__: function for function in (ours, strong, baselines, cpu, small, eight_b, world)
 }
 
 
-def filled(text: str) -> str:
-    """``text`` with its tables as the rows have them.
+def filled(texts: Sequence[str]) -> list[str]:
+    """``texts`` with their tables as the rows have them.
 
     Raises:
-        LookupError: if it names a table that is not here, or lacks one that is, or a row is missing.
+        LookupError: if they name a table that is not here, or lack one that is, or a row is missing.
     """
-    names = [match.group(2) for match in PLACE.finditer(text)]
+    names = [match.group(2) for text in texts for match in PLACE.finditer(text)]
     if sorted(names) != sorted(TABLES):
         raise LookupError(f"expected the tables {', '.join(sorted(TABLES))}, got {', '.join(sorted(names))}")
-    return PLACE.sub(lambda match: match.group(1) + _markdown(TABLES[match.group(2)]()), text)
+    return [PLACE.sub(lambda match: match.group(1) + _markdown(TABLES[match.group(2)]()), text) for text in texts]
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -191,11 +238,12 @@ def _mib(value: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table differs")
-    text = DOCS.read_text(encoding="utf-8")
-    wanted = filled(text)
+    texts = [path.read_text(encoding="utf-8") for path in DOCS]
+    wanted = filled(texts)
     if parser.parse_args().check:
-        sys.exit(text != wanted)
-    DOCS.write_text(wanted, encoding="utf-8")
+        sys.exit(texts != wanted)
+    for path, text in zip(DOCS, wanted, strict=True):
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
