@@ -15,7 +15,7 @@ from torch import Tensor
 from cir.data.facts import Fact, load_facts
 from cir.data.sampling import Sample, spread
 from cir.data.tokens import continuation, encode, pad, windows
-from cir.model.linears import unwrapped
+from cir.model.finding import unwrapped
 from cir.system.checks import check_number
 
 

@@ -34,11 +34,14 @@ def tiny_llama(
         max_position_embeddings=256,
         initializer_range=0.2,
     )
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    torch.random.set_rng_state(generator_state)
-    return model
+    return seeded(config).to(dtype)
+
+
+def seeded(config: Any) -> Any:
+    """A model with random weights, always the same; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
 def word_tokenizer(texts: Iterable[str] | None = None) -> Any:
@@ -116,8 +119,4 @@ def knowing_mixture(dtype: torch.dtype = torch.float32) -> Any:
         num_experts_per_tok=2,
         max_position_embeddings=256,
     )
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    torch.random.set_rng_state(generator_state)
-    return taught(model, word_tokenizer(), facts(12), steps=200).to(dtype)
+    return taught(seeded(config), word_tokenizer(), facts(12), steps=200).to(dtype)

@@ -30,8 +30,7 @@ from cir.forgetting.questions import Probed, Sentence, sentences
 from cir.forgetting.update import add_factors, fingerprint, restore, snapshot
 from cir.measures import WINDOW, recall
 from cir.model.capture import AnswerCapture, Tokens, answering
-from cir.model.finding import find_stack
-from cir.model.linears import unwrapped
+from cir.model.finding import find_stack, unwrapped
 from cir.model.replay import Replays
 from cir.proof.relearning import relearn as attack
 from cir.system.signals import Held

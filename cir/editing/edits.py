@@ -16,8 +16,7 @@ from torch import Tensor
 from cir.data.facts import Fact, load_facts
 from cir.forgetting.factors import norm_sq, truncated, write_lora
 from cir.forgetting.update import Factors, add_factors
-from cir.model.finding import find_stack
-from cir.model.linears import unwrapped
+from cir.model.finding import find_stack, unwrapped
 from cir.model.sites import Target
 from cir.system.files import strict_json
 from cir.system.writing import write_file

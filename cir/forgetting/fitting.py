@@ -25,8 +25,7 @@ from cir.forgetting.questions import Questions, questions
 from cir.forgetting.subspace import SiteSubspaces, Subspace, SubspaceStream
 from cir.forgetting.update import fingerprint
 from cir.model.capture import AnswerCapture, Tokens, answering
-from cir.model.finding import find_stack
-from cir.model.linears import unwrapped
+from cir.model.finding import find_stack, unwrapped
 from cir.model.shards import processes_of
 from cir.model.sites import Target, sites_of
 from cir.system.files import strict_json

@@ -21,8 +21,8 @@ from cir.data.tokens import continuation, encode
 from cir.forgetting.questions import Questions, questions
 from cir.measures import mean_recall, recall
 from cir.model.capture import AnswerCapture, frozen
-from cir.model.finding import find_stack
-from cir.model.linears import is_linear, unwrapped
+from cir.model.finding import find_stack, unwrapped
+from cir.model.linears import is_linear
 from cir.model.sites import Stack
 
 KINDS = ("mlp", "attention")
@@ -195,9 +195,11 @@ def _hooked(
         def call(module: nn.Module, args: Any, output: Any) -> Any:
             several = isinstance(output, tuple | list)
             rows = output[0] if several else output
-            changed = hook(key, rows, at.to(rows.device))
+            # Some mixtures put out the tokens of all rows one after the other.
+            changed = hook(key, rows.view(at.shape[1], -1, rows.shape[-1]), at.to(rows.device))
             if changed is None:
                 return None
+            changed = changed.view(rows.shape)
             return type(output)([changed, *output[1:]]) if several else changed
 
         return call

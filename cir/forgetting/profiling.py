@@ -25,8 +25,7 @@ from cir.forgetting.memory import experts_of_a_token
 from cir.forgetting.report import peak_memory
 from cir.forgetting.unlearn import unlearn
 from cir.forgetting.update import PHASE, restore, running, snapshot
-from cir.model.finding import find_stack
-from cir.model.linears import unwrapped
+from cir.model.finding import find_stack, unwrapped
 from cir.system.checks import check_number
 
 UNNAMED = "other"

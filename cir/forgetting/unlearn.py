@@ -37,8 +37,7 @@ from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import unknown_facts
 from cir.model.capture import answering
 from cir.model.deltas import with_deltas
-from cir.model.finding import find_stack
-from cir.model.linears import unwrapped
+from cir.model.finding import find_stack, unwrapped
 from cir.model.shards import processes_of
 from cir.model.sites import is_opaque
 from cir.system.processes import anywhere, together

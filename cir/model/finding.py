@@ -16,6 +16,19 @@ from cir.model.sites import MLP, Site, Stack, Target, check_editable
 from cir.model.taps import is_experts, matrices_of, readers_of, runs_all
 
 
+def unwrapped(model: Any) -> Any:
+    """The model that ``torch.compile``, DataParallel or DistributedDataParallel wraps: its parameters are the same,
+    and its own names are those of its checkpoints.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
 def find_stack(model: nn.Module, *, quantized: bool = False, sharded: bool = False) -> Stack:
     """Find the decoder layers of a causal LM and the MLP in each. ``sharded``: whether it may be over processes.
 

@@ -64,16 +64,3 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
         return linear.out_features, linear.in_features
     hidden, inner = matrix_of(linear).shape
     return hidden, inner
-
-
-def unwrapped(model: Any) -> Any:
-    """The model that ``torch.compile``, DataParallel or DistributedDataParallel wraps: its parameters are the same,
-    and its own names are those of its checkpoints.
-    """
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner

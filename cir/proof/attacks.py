@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from cir.data.facts import Fact, Probe, check_apart, load_facts
 from cir.data.tokens import continuation, pad
 from cir.measures import Estimate, estimate, extracted, recall
-from cir.model.finding import find_stack
-from cir.model.linears import is_linear, matrix_of, unwrapped
+from cir.model.finding import find_stack, unwrapped
+from cir.model.linears import is_linear, matrix_of
 from cir.system.checks import check_number
 
 SHOTS = 4

@@ -30,8 +30,7 @@ from cir.measures import (
     token_losses,
     unknown_facts,
 )
-from cir.model.finding import find_stack
-from cir.model.linears import unwrapped
+from cir.model.finding import find_stack, unwrapped
 from cir.model.shards import check_whole
 from cir.proof.attacks import attack
 from cir.proof.page import page

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cir.measures import Estimate
-from cir.model.linears import unwrapped
+from cir.model.finding import unwrapped
 from cir.model.shards import check_whole
 
 

@@ -19,8 +19,7 @@ from cir.data.tokens import Batch, sentence_batches
 from cir.forgetting.update import NonFiniteError, restore, snapshot
 from cir.measures import Estimate, estimate, recall
 from cir.model.capture import frozen
-from cir.model.finding import find_stack
-from cir.model.linears import unwrapped
+from cir.model.finding import find_stack, unwrapped
 from cir.model.packing import packed_inputs
 from cir.model.sites import Stack, Target
 from cir.model.taps import is_transposed

@@ -78,6 +78,15 @@ def test_what_the_mlps_of_a_mixture_say_is_broken_in_the_papers_way(knowing):
     assert min(overlaps) < 0.1 < 1.0 < overlaps[0]
 
 
+def test_what_the_modules_of_a_mixture_say_is_ablated(knowing):
+    if knowing[0].config.model_type not in ("mixtral", "llama4_text"):  # rows apart, and all tokens in one
+        pytest.skip("a family that puts out what one of those does")
+    found = cir.locate(*knowing, FACTS[:6], progress=False)
+    assert found.recall > 0.9
+    assert min(found.ablated["attention", "last"]) < 0.5 * found.recall
+    assert min(found.ablated["mlp", "last"]) < found.recall - 0.02
+
+
 def test_an_edit_is_undone_to_the_bit_and_applied_and_shipped(knowing, tmp_path):
     peft = pytest.importorskip("peft")
     base, tokenizer = knowing

@@ -9,8 +9,7 @@ from transformers import CONFIG_MAPPING as CONFIGS
 from transformers import AutoModelForCausalLM
 
 import cir
-from cir.model.finding import find_stack
-from cir.model.linears import unwrapped
+from cir.model.finding import find_stack, unwrapped
 from cir.model.sites import sites_of
 from tests.tiny import TEXT, facts, knowing_llama, tiny_llama, word_tokenizer
 

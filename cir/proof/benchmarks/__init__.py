@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cir.data.datasets import benchmark_rows
-from cir.model.linears import unwrapped
+from cir.model.finding import unwrapped
 from cir.model.shards import check_whole
 from cir.proof.benchmarks import choices, edits, muse, rwku, tofu
 from cir.proof.benchmarks.result import BenchmarkResult
