@@ -25,7 +25,7 @@ from bench.eager import EagerForgetter
 from bench.records import ROOT, mark_memory, process_memory, write_rows
 from cir import CIRConfig, Subspaces, load_facts
 from cir.data.shipped import DATA, builtin_contrast, builtin_text
-from cir.forgetting.forgetter import RELEARNING_RATE, Forgetter
+from cir.forgetting.forgetter import RELEARNING_RATES, Forgetter
 from cir.forgetting.questions import sentences
 from cir.forgetting.update import restore, sizes, snapshot
 from cir.model.capture import answering
@@ -63,7 +63,7 @@ class Workload:
         """The first step of ``form``, ready to be taken."""
         undo.callback(restore, self.targets, self.weights)
         if form == "eager":
-            lengths = [RELEARNING_RATE * float(size) for size in sizes(self.relearned)]
+            lengths = [RELEARNING_RATES[0] * float(size) for size in sizes(self.relearned)]
             about = self.targets, self.relearned, self.told, self.common, self.config, lengths
             eager, everyone = EagerForgetter(self.model, *about), range(len(self.told))
             before = [eager.odds(fact)[0].detach() for fact in everyone]

@@ -109,11 +109,11 @@ class CIRConfig:
     relearning_steps: int = 3
     relearning_floor: float = -4.5
     max_change: float = 0.05
-    ridge_activation: float = 3e-3
-    ridge_gradient: float = 1e-2
+    ridge_activation: float = 1e-2
+    ridge_gradient: float = 1.0
     contrast_weight: float = 10.0
     text_weight: float = 1.0
-    rank: float = 0.125
+    rank: float = 0.25
     rounding: str = "stochastic"
     batch_size: int = 64
     max_length: int = 128

@@ -29,8 +29,8 @@ TEXT, HELD_OUT = 20_000, 16_384
 
 @dataclass(frozen=True)
 class Method:
-    """A configuration, and the rates tried, of cir the floors and of the editor the doses: the best inside the budget
-    counts.
+    """A configuration, and the rates tried, of the editor the doses: the best inside the budget counts. Of cir
+    there is one, its default floor.
     """
 
     rates: tuple[float, ...]
@@ -39,7 +39,7 @@ class Method:
 
 _RANKS = {"rank_activation": 12, "rank_gradient": 18}
 METHODS: dict[str, Method] = {
-    "cir": Method((-4.0, -6.0, -8.0), CIRConfig()),
+    "cir": Method((CIRConfig.floor,), CIRConfig()),
     "paper": Method((0.3, 1.0, 3.0), replace(CIRConfig.paper(), retain_rate=0.003, retain_batch_size=4, **_RANKS)),
     "repselect": Method((0.1, 0.3, 1.0), replace(CIRConfig.repselect(), **_RANKS)),
     "editor": Method((0.5, 1.0), EditConfig()),

@@ -21,7 +21,7 @@ from cir.proof.relearning import sentence_loss
 
 KNOWN = 0.9
 """Mean recall of what it was taught below which a model has not learned its world."""
-VERSION = 2
+VERSION = 3
 """Of the grammar and the training: models and rows of another are not used again."""
 
 
@@ -40,12 +40,14 @@ class Size:
 
 
 SIZES = {
-    "2m": Size(4, 192, 512, 28, 3e-3),
+    "2m": Size(4, 192, 512, 32, 3e-3),
     "8m": Size(6, 320, 864, 20, 2e-3),
     "30m": Size(8, 576, 1536, 16, 1.5e-3),
 }
-SENTENCES, WINDOWS, LENGTH = 16, 1, 128
-"""Of a step: sentences that state facts, and windows of text of so many tokens."""
+SENTENCES, TEXT_EVERY, LENGTH = 16, 2, 128
+"""Sentences of a step, which state facts; steps of which one has a window of text too, and its tokens."""
+DECAY = 0.3
+"""Of the weights. With a third of it half of the worlds of two million parameters were learned to 0.80 to 0.88."""
 
 
 def llama(size: Size, vocabulary: int, seed: int) -> Any:
@@ -77,9 +79,9 @@ def taught(world: World, size: Size, facts: Sequence[Fact], seed: int = 0) -> An
     stack, order = find_stack(model), torch.Generator().manual_seed(seed)
     (sentences,) = sentence_batches(tokenizer, facts, batch_size=2**30, max_length=LENGTH, skip_first=0)
     steps = size.epochs * math.ceil(len(sentences.input_ids) / SENTENCES)
-    text, _ = world.text(steps * WINDOWS * LENGTH, seed=seed)
+    text, _ = world.text(steps // TEXT_EVERY * LENGTH, seed=seed)
     rows = windows(tokenizer, text, LENGTH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.98), weight_decay=DECAY, fused=True)
     step = 0
     for _ in range(size.epochs):
         shuffled = torch.randperm(len(sentences.input_ids), generator=order)
@@ -87,9 +89,11 @@ def taught(world: World, size: Size, facts: Sequence[Fact], seed: int = 0) -> An
             step += 1
             share = min(step / (0.05 * steps), 1) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = max(share, 0.02) * size.rate
-            ids = rows[torch.arange(step * WINDOWS, (step + 1) * WINDOWS) % len(rows)]
             facts_of_step = Batch(sentences.input_ids[chosen], sentences.attention_mask[chosen])
-            loss = sentence_loss(model, stack, facts_of_step) + model(input_ids=ids, labels=ids).loss
+            loss = sentence_loss(model, stack, facts_of_step)
+            if step % TEXT_EVERY == 0:
+                ids = rows[step // TEXT_EVERY % len(rows)][None]
+                loss = loss + model(input_ids=ids, labels=ids).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

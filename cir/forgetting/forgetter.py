@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from cir.config import CIRConfig
 from cir.data.facts import Fact
 from cir.forgetting.memory import tokens_of_a_step
 from cir.forgetting.plan import EpochLosses
-from cir.forgetting.questions import Questions, Rows, Sentence, ask, joined, peers, sentences, together
+from cir.forgetting.questions import Questions, Rows, Sentence, ask, joined, peers, sentences
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, add_outer, norm_of, phase, restore, sign_step, sizes, snapshot
 from cir.model.capture import AnswerCapture, Tokens
@@ -30,10 +31,11 @@ LEAST_DOSE = 0.5
 """Nats of a dose where less than that is left to go: the first order is not all, and gone is below the floor."""
 GRAM_ENTRIES = 2**24
 """Of rows that inner products are formed of at once, in float64."""
-PARTS = 4
-"""Of the facts of a step: half of them are relearned, and the others are asked whether they come back."""
-RELEARNING_RATE = 1.5e-3
-"""Length of a step of relearning, at each weight, over the root mean square of the weights of its linear."""
+RELEARNING_RATES = 1.5e-3, 5e-2
+"""Least and greatest length of a step of relearning, at each weight, over the root mean square of its linear's."""
+BACK, NATS, MOST = -1.0, 3.0, 3.0
+"""Mean log-odds that steps of relearning are to bring back before the last of them; nats short of it for which they
+lengthen e-fold; and by how much they do so or shorten at once."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Lesson:
     """What is relearned of a batch, and what is then asked.
 
     Attributes:
-        taught, asked: numbers of the parts; none are taught where the peers of a fact are.
+        taught, asked: numbers of the facts; none are taught where the peers of a fact are.
         lesson, questions: the forwards of each.
         rows: of peers, along which each step moved the MLPs, to be repeated.
     """
@@ -75,6 +77,7 @@ class Forgetter:
         config: see :class:`CIRConfig`.
         contrast: what is told of facts that must stay, of which the most alike are relearned where a fact is alone in
             its step.
+        told: what ``facts`` tell, if they were read.
         at_once: tokens of a step in one forward and backward; by default what suits the device.
         replays: of earlier steps on the model, if any.
     """
@@ -88,6 +91,7 @@ class Forgetter:
         common: SiteSubspaces,
         config: CIRConfig,
         contrast: Sequence[Sentence] = (),
+        told: Sequence[Sentence] = (),
         at_once: int | None = None,
         replays: Replays | None = None,
     ) -> None:
@@ -99,7 +103,7 @@ class Forgetter:
         self._updates, self._remainders = config.seed << 32, dict[str, Tensor]()
         self._spare: list[Tensor] | None = None
         self._written, self._taught = (names_of(sites_of(of)) for of in (targets, tape.mlps))
-        self._relearning = [RELEARNING_RATE * size for size in sizes(tape.mlps)]
+        self._sizes, self._rate = sizes(tape.mlps), RELEARNING_RATES[0]
         self._replays = replays or Replays().follow(tape.weights)
         self._steps_left = config.max_steps
         self._left: dict[int, set[int]] = {}
@@ -109,14 +113,13 @@ class Forgetter:
         self._random.shuffle(order)
 
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-        parts = [[batch[i::PARTS] for i in range(min(PARTS, len(batch)))] for batch in batches]
         with phase("read facts"):
             own: list[list[Sentence]] = [[] for _ in facts]
-            for sentence in sentences(tape, tokenizer, facts, max_length=config.max_length, at_once=at_once):
+            for sentence in told or sentences(tape, tokenizer, facts, max_length=config.max_length, at_once=at_once):
                 own[sentence.owner].append(sentence)
-            self._batches = [[ask(tape, [s for i in part for s in own[i]], at_once) for part in of] for of in parts]
-            self._whole = [self._forwards(of) for of in self._batches]
-            self._counts = [[sum(len(asked.at) for asked in part) for part in of] for of in self._batches]
+            self._batches = [[own[i] for i in batch] for batch in batches]
+            self._whole = [self._ask(of) for of in self._batches]
+            self._counts = [[sum(len(s.statement.told) for s in fact) for fact in of] for of in self._batches]
             self._peers: list[Questions] = []
             if contrast and config.relearning_steps and min(map(len, batches)) == 1:
                 self._peers = peers(tape, contrast, self.asked)
@@ -124,7 +127,7 @@ class Forgetter:
     @property
     def asked(self) -> list[Questions]:
         """What is asked of all facts."""
-        return [asked for batch in self._batches for part in batch for asked in part]
+        return [asked for whole in self._whole for asked in whole]
 
     def epoch(
         self,
@@ -142,8 +145,8 @@ class Forgetter:
         """
         odds: list[float] = []
         gone = False
-        for number, parts in enumerate(self._batches):  # what has not been read is left
-            self._left.setdefault(number, {i for of in parts for asked in of for i in asked.owners.tolist()})
+        for number, batch in enumerate(self._batches):  # what has not been read is left
+            self._left.setdefault(number, {fact[0].owner for fact in batch})
         for _ in range(min(self._config.check_every, self._steps_left)):
             gone, self._steps_left = True, self._steps_left - 1
             for number in range(len(self._batches)):
@@ -204,8 +207,8 @@ class Forgetter:
         with phase("update"):
             add_outer(self._targets, step.tokens, scale, self._config.rounding, self._updates, self._remainders)
 
-    def _forwards(self, parts: Sequence[Sequence[Questions]]) -> list[Questions]:
-        return together([asked for part in parts for asked in part], self._at_once)
+    def _ask(self, facts: Iterable[Sequence[Sentence]]) -> list[Questions]:
+        return ask(self._tape, [sentence for fact in facts for sentence in fact], self._at_once)
 
     def _read(self, forwards: Sequence[Questions]) -> Rows:
         with phase("forward, backward"):
@@ -218,6 +221,7 @@ class Forgetter:
         """
         counts = self._counts[number]
         pieces, found = rows.split(counts), dict[int, Rows]()
+        back: Tensor | None = None
         if anew:
             self._lessons[number] = self._lessons_of(self._batches[number])
         self._spare = snapshot(self._tape.mlps, into=self._spare, near=True)
@@ -226,22 +230,36 @@ class Forgetter:
                 if lesson.taught:
                     self._relearn(joined([pieces[i].at(self._taught) for i in lesson.taught]).tokens)
                 for step in range(self._config.relearning_steps - bool(lesson.taught)):
-                    tokens = self._read(lesson.lesson).at(self._taught).tokens if anew else lesson.rows[step]
+                    read = self._read(lesson.lesson) if anew else None
+                    tokens = lesson.rows[step] if read is None else read.at(self._taught).tokens
                     self._relearn(tokens)
-                    if anew and not lesson.taught:
+                    if read is not None and lesson.taught:
+                        back = read.odds.mean()
+                    elif read is not None:
                         lesson.rows.append(tokens)
                 asked = self._read(lesson.questions).at(self._written)
             finally:
                 restore(self._tape.mlps, self._spare)
             found |= dict(zip(lesson.asked, asked.split([counts[i] for i in lesson.asked]), strict=True))
+        if back is not None:
+            self._reach(float(back))
         return joined([found[i] for i in range(len(counts))])
 
-    def _lessons_of(self, parts: Sequence[Sequence[Questions]]) -> list[Lesson]:
-        """Each half of ``parts`` is relearned and the other asked; where there is one, its peers are relearned."""
-        order = list(range(len(parts)))
+    def _reach(self, back: float) -> None:
+        """Steps of relearning are as long as it takes to bring what is taught back: attackers go on until then."""
+        change = min(max(math.exp((BACK - back) / NATS), 1 / MOST), MOST)
+        self._rate = min(max(self._rate * change, RELEARNING_RATES[0]), RELEARNING_RATES[1])
+
+    def _lessons_of(self, facts: Sequence[Sequence[Sentence]]) -> list[Lesson]:
+        """Each half of ``facts`` is relearned and the other asked; where there is one, its peers are relearned.
+
+        The halves are others each time: what two facts share, the answer say, comes back by the one if it is taught
+        and the other is asked.
+        """
+        order = list(range(len(facts)))
         self._random.shuffle(order)
-        halves = order[: len(parts) // 2], order[len(parts) // 2 :]
-        of = [self._forwards([parts[i] for i in half]) for half in halves]
+        halves = order[: len(facts) // 2], order[len(facts) // 2 :]
+        of = [self._ask([facts[i] for i in half]) for half in halves]
         if not halves[0]:
             return [Lesson([], order, self._peers, of[1], [])]
         return [Lesson(halves[1 - i], halves[i], of[1 - i], of[i], []) for i in range(2)]
@@ -250,7 +268,8 @@ class Forgetter:
         """Raise the log-odds of rows as an attacker does: all over the MLPs, and nothing is collapsed."""
         self._updates += 1
         with phase("relearn"):
-            sign_step(self._tape.mlps, tokens, self._relearning, self._updates)
+            lengths = [self._rate * size for size in self._sizes]
+            sign_step(self._tape.mlps, tokens, lengths, self._updates)
 
     def _dosed(self, rows: Rows, left: Tensor) -> Tokens:
         """The rows collapsed, those of each fact scaled to its dose, which is no more than what is ``left`` to go."""

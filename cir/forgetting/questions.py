@@ -64,16 +64,17 @@ class Questions:
 
         return self._told("odds", function, replays)[ODDS]
 
+    @torch.no_grad()
+    def likeliest(self, tape: AnswerCapture) -> tuple[Tensor, Tensor]:
+        """(T,) log-odds of the answers, and the tokens (T,) that are likeliest instead or with them."""
+        logits, _ = tape.predict(self.below, self.at, keep=False)
+        return agreed(_log_odds(logits, self.answers)), agreed(logits.argmax(1))
+
     @property
     def states(self) -> Tensor | None:
         """(T, width) what the layers that do not change say where each token is predicted; None if all change."""
         hidden = self.below.hidden
         return None if hidden is None else hidden.flatten(0, -2)[self.below.places[self.at].to(hidden.device)]
-
-    @property
-    def width(self) -> tuple[int, ...] | None:
-        """Shape of a row of the forward, which must be the same for rows to be run in one; None if that cannot be."""
-        return tuple(self.below.inputs["input_ids"].shape[1:]) if self.below.alone else None
 
     def _told(self, name: str, function: Callable[[Values], Values], replays: Replays | None) -> Values:
         """What ``function`` gives of the tensors of this, rows of which may be added that count for nothing."""
@@ -89,10 +90,13 @@ class Questions:
         inputs = {name: given[name] for name in self.below.inputs}
         below = replace(self.below, inputs=inputs, places=given["places"], hidden=given.get("hidden"))
         logits, hidden = tape.predict(below, torch.arange(len(below.places), device=below.places.device))
-        logits, answers = at_least_float32(logits), given["answers"].to(logits.device)[:, None]
-        # Unlike the log-probability, of which little is left to learn where it is near 0.
-        odds = logits.gather(1, answers).squeeze(1) - logits.scatter(1, answers, -torch.inf).logsumexp(1)
-        return odds, hidden
+        return _log_odds(logits, given["answers"]), hidden
+
+
+def _log_odds(logits: Tensor, answers: Tensor) -> Tensor:
+    """(T,) of ``answers`` (T,): unlike of the log-probability, much is left to learn where they are likely."""
+    logits, answers = at_least_float32(logits), answers.to(logits.device)[:, None]
+    return logits.gather(1, answers).squeeze(1) - logits.scatter(1, answers, -torch.inf).logsumexp(1)
 
 
 @dataclass(frozen=True)
@@ -186,43 +190,14 @@ def sentences(
         for statement in statements(tokenizer, fact, max_length)
     ]
     first = opening(tokenizer)
-    return [sentence for part in _parts(told, at_once) for sentence in _read(tape, part, first)]
+    return [sentence for part in parts_of(told, at_once) for sentence in _read(tape, part, first)]
 
 
 def ask(tape: AnswerCapture, chosen: Sequence[Sentence], at_once: int) -> list[Questions]:
     """Ask what ``chosen`` tell, in forwards of at most ``at_once`` tokens, or of one sentence."""
     told = [(sentence.owner, sentence.statement) for sentence in chosen]
     states = iter(sentence.hidden for sentence in chosen)
-    return [_asked(tape, part, [next(states) for _ in part]) for part in _parts(told, at_once)]
-
-
-def together(parts: Sequence[Questions], at_once: int) -> list[Questions]:
-    """The same in as few forwards of at most ``at_once`` tokens as their order and their widths allow."""
-    groups: list[list[Questions]] = []
-    for part in parts:
-        last = groups[-1] if groups else []
-        tokens = sum(len(other.below.places) for other in [*last, part])
-        fits = last and tokens <= at_once
-        if fits and part.width is not None and part.width == last[0].width:
-            last.append(part)
-        else:
-            groups.append([part])
-    return [group[0] if len(group) == 1 else _in_one_forward(group) for group in groups]
-
-
-def _in_one_forward(parts: Sequence[Questions]) -> Questions:
-    """Of one width."""
-    below = [part.below for part in parts]
-    inputs = {name: torch.cat([b.inputs[name] for b in below]) for name in below[0].inputs}
-    run, real, places, at = 0, 0, [], []
-    for part in parts:
-        places.append(part.below.places + run)
-        at.append(part.at + real)
-        run, real = run + part.below.inputs["input_ids"].numel(), real + len(part.below.places)
-    states = [b.hidden for b in below if b.hidden is not None]
-    whole = Below(inputs, torch.cat(places), torch.cat(states) if states else None, below[0].beside)
-    answers, owners = (torch.cat([getattr(part, name) for part in parts]) for name in ("answers", "owners"))
-    return Questions(whole, torch.cat(at), answers, owners)
+    return [asked_of(tape, part, [next(states) for _ in part]) for part in parts_of(told, at_once)]
 
 
 def likeness(facts: Sequence[Questions], others: Sequence[Questions | Sentence]) -> Tensor | None:
@@ -258,7 +233,7 @@ def peers(tape: AnswerCapture, contrast: Sequence[Sentence], facts: Sequence[Que
 
 def _read(tape: AnswerCapture, part: Sequence[tuple[int, Statement]], first: list[int]) -> list[Sentence]:
     """Of each statement, the tokens told that tell the fact."""
-    found = _asked(tape, part)
+    found = asked_of(tape, part)
     told = [list(statement.told) for _, statement in part]
     if len(found.at) > len(part):
         # The same tokens after a few others alone.
@@ -274,17 +249,21 @@ def _read(tape: AnswerCapture, part: Sequence[tuple[int, Statement]], first: lis
         told = [[] for _ in part]
         for (row, _, place), keep in zip(pairs, kept, strict=True):
             told[row] += [place] if keep else []
-    below, lengths = found.below, [statement.told[-1] for _, statement in part]
-    states: Sequence[Tensor | None] = [None] * len(part)
-    if below.hidden is not None and below.beside is None:
-        states = below.hidden.flatten(0, -2)[below.places.to(below.hidden.device)].split(lengths)
     return [
         Sentence(owner, Statement(statement.ids, places), None if hidden is None else hidden[: places[-1]])
-        for (owner, statement), places, hidden in zip(part, told, states, strict=True)
+        for (owner, statement), places, hidden in zip(part, told, states_of(found, part), strict=True)
     ]
 
 
-def _asked(
+def states_of(asked: Questions, part: Sequence[tuple[int, Statement]]) -> Sequence[Tensor | None]:
+    """Of each statement of ``part``, as :func:`asked_of` it, the ``hidden`` of a :class:`Sentence`."""
+    below, lengths = asked.below, [statement.told[-1] for _, statement in part]
+    if below.hidden is None or below.beside is not None:
+        return [None] * len(part)
+    return below.hidden.flatten(0, -2)[below.places.to(below.hidden.device)].split(lengths)
+
+
+def asked_of(
     tape: AnswerCapture, part: Sequence[tuple[int, Statement]], states: Sequence[Tensor | None] = ()
 ) -> Questions:
     """All that is told of each statement. ``states``: what the layers that do not change say, if they were run."""
@@ -311,7 +290,7 @@ class Probed:
             told.append((number, Statement([*head, *tail], range(len(head), len(head) + len(tail)))))
         self._facts = [fact.id for fact in facts]
         self._of_fact = torch.tensor([place for place, _ in probes])
-        self._parts = [_asked(tape, part) for part in _parts(told, at_once)]
+        self._parts = [asked_of(tape, part) for part in parts_of(told, at_once)]
 
     def recall(self, tape: AnswerCapture, replays: Replays | None = None) -> dict[str, float]:
         """What :func:`cir.measures.recall` is of the model as it is now."""
@@ -325,7 +304,7 @@ class Probed:
         return dict(zip(self._facts, means.tolist(), strict=True))
 
 
-def _parts(told: Sequence[tuple[int, Statement]], at_once: int) -> Iterator[list[tuple[int, Statement]]]:
+def parts_of(told: Sequence[tuple[int, Statement]], at_once: int) -> Iterator[list[tuple[int, Statement]]]:
     part: list[tuple[int, Statement]] = []
     tokens = 0
     for number, statement in told:

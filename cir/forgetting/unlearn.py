@@ -22,6 +22,7 @@ from cir.data.shipped import builtin_contrast
 from cir.forgetting.adapter import Delivery
 from cir.forgetting.batches import chosen, split_text
 from cir.forgetting.budget import Best, Meter, reached
+from cir.forgetting.counterfactuals import counterfactuals
 from cir.forgetting.events import Followers, OnRound, OnStep
 from cir.forgetting.fitting import Subspaces, check_fitted_on, fitted
 from cir.forgetting.forgetter import Forgetter
@@ -210,13 +211,17 @@ def _plan(
 
             def start() -> Epoch:
                 at_once = need.tokens
-                told = sentences(tape, tokenizer, contrast, max_length=config.max_length, at_once=at_once)
+                told, own = (
+                    sentences(tape, tokenizer, of, max_length=config.max_length, at_once=at_once)
+                    for of in (contrast, facts)
+                )
                 if subspaces is not None:
                     common: SiteSubspaces = subspaces.to(model.device)
                 else:
-                    asked = ask(tape, told, at_once)
+                    near = counterfactuals(model, tape, tokenizer, own, at_once=at_once, seed=config.seed)
+                    asked = ask(tape, [*told, *near], at_once)
                     common = fitted(tape, targets, rows, asked, config, at_once=at_once, progress=progress)
-                forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, told, at_once=at_once)
+                forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, told, own, at_once=at_once)
                 if first:  # else there are no states that tell of the relation alone
                     _warn_of(facts, likeness(forgetter.asked, told))
                 return lambda number: forgetter.epoch(on_step, stop, followed)

@@ -12,7 +12,10 @@ from bench.world import grammar, runs, training
 from bench.world.grammar import OBJECTS, World
 from bench.world.report import table
 from bench.world.training import Size, check_gold, prepared
+from cir import CIRConfig, unlearn
+from cir.forgetting import counterfactuals
 from cir.measures import mean_recall, recall
+from cir.model.checkpoints import load_model
 
 SIZE = Size(4, 96, 256, 24, 4e-3)
 
@@ -125,7 +128,20 @@ def test_an_editor_forgets_in_a_world_and_its_weights_come_back(world, models):
     assert all(map(torch.equal, bench.model.parameters(), before))
 
 
-def test_of_cir_floors_are_tried_with_contrast_and_of_the_papers_way_rates_without(world):
+def test_other_facts_of_the_relation_stay_though_none_was_given(world, models, monkeypatch):
+    split, fell = world.split, {}
+    for count in (0, counterfactuals.SENTENCES):
+        monkeypatch.setattr(counterfactuals, "SENTENCES", count)
+        model, tokenizer = load_model(str(models[0]))
+        before = mean_recall(recall(model, tokenizer, split.same_relation))
+        given = {"contrast": (), "retain": world.text(4000, 1)[0], "progress": False}
+        unlearn(model, tokenizer, split.forget, config=CIRConfig(budget=1.0, worst_window=5.0), **given)
+        assert mean_recall(recall(model, tokenizer, split.forget)) < 0.05
+        fell[count] = before - mean_recall(recall(model, tokenizer, split.same_relation))
+    assert fell[counterfactuals.SENTENCES] < 0.5 * fell[0]
+
+
+def test_cir_is_told_what_must_stay_and_the_papers_way_is_not(world):
     task = runs.task_of(world, "gold")
     asked = SimpleNamespace(task=task, forget_with=lambda config, contrast=(): (config, contrast))
     config, contrast = runs.forget(asked, "cir", runs.METHODS["cir"], -4.0, 0.05, 1)

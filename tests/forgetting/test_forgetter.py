@@ -12,8 +12,8 @@ from bench.eager import EagerForgetter
 from cir.config import CIRConfig
 from cir.data.facts import load_facts
 from cir.forgetting.fitting import fitted
-from cir.forgetting.forgetter import RELEARNING_RATE, Forgetter, doses
-from cir.forgetting.questions import joined, likeness, peers, questions, sentences, together
+from cir.forgetting.forgetter import RELEARNING_RATES, Forgetter, doses
+from cir.forgetting.questions import joined, likeness, peers, questions, sentences
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, restore, sign_step, sizes, snapshot
 from cir.measures import recall
@@ -70,10 +70,7 @@ def test_rows_are_those_of_the_answers_however_they_are_batched(opened, at_once)
     torch.testing.assert_close(rows.odds, whole.odds, atol=1e-4, rtol=1e-4)
     for name, x in whole.tokens.items():
         torch.testing.assert_close(rows.tokens[name], x, atol=1e-4, rtol=1e-3)
-    # The same parts in fewer forwards, and apart again.
-    forwards = together(parts, 40)
-    assert len(forwards) == {8: 2, 32: 2, 512: 1}[at_once]
-    again = joined([part.read(tape) for part in forwards]).split([3, 7])
+    again = rows.split([3, 7])
     assert [len(part.odds) for part in again] == [3, 7]
     torch.testing.assert_close(joined(again).odds, whole.odds, atol=1e-4, rtol=1e-4)
     for name, x in whole.tokens.items():
@@ -262,26 +259,44 @@ def test_steps_are_those_of_plain_autograd(knowing):
         common = fitted(tape, targets, None, asked(tape, tokenizer, FACTS[6:]), config, progress=False)
         own, mlps = told(tape, tokenizer, FACTS[:5]), tape.mlps
         forgetter = Forgetter(tape, targets, tokenizer, FACTS[:5], common, config)
-        states, halves, changes = [], [], []
+        states, halves, changes, rates = [], [], [], []
         for _ in range(3):
             states.append(snapshot(targets))
+            rates.append(forgetter._rate)
             forgetter.apply(forgetter.step())
             halves.append([facts_of(forgetter, lesson.asked) for lesson in forgetter._lessons[0]])
             changes.append([now - then for now, then in zip(snapshot(targets), states[-1], strict=True)])
     lines = [[(s.statement.ids, s.statement.told) for s in own if s.owner == fact] for fact in range(5)]
     restore(targets, states[0])
-    lengths = [RELEARNING_RATE * float(size) for size in sizes(mlps)]
+    lengths = [float(size) for size in sizes(mlps)]
     eager = EagerForgetter(model, targets, mlps, lines, common, config, lengths)
     before = [eager.odds(fact)[0].detach() for fact in range(5)]
-    for state, half, expected in zip(states, halves, changes, strict=True):
+    for state, half, expected, rate in zip(states, halves, changes, rates, strict=True):
         restore(targets, state)
+        eager.lengths = [rate * length for length in lengths]
         eager.step(before, half)
         for now, then, change in zip(snapshot(targets), state, expected, strict=True):
             assert float((now - then - change).norm() / change.norm()) < 1e-4
 
 
 def facts_of(forgetter, parts):
-    return sorted({owner for i in parts for part in forgetter._batches[0][i] for owner in part.owners.tolist()})
+    return sorted(forgetter._batches[0][i][0].owner for i in parts)
+
+
+def test_steps_of_relearning_are_as_long_as_it_takes(opened):
+    _, tokenizer, targets, tape = opened
+    config = replace(CONFIG, check_every=12)
+    forgetter = Forgetter(tape, targets, tokenizer, FACTS[:8], NOTHING, config)
+    forgetter.step()
+    assert forgetter._rate == RELEARNING_RATES[0]  # the facts are known
+    forgetter.epoch()
+    # The way back is longer than the shortest steps take: of what is taught little is missing before the last.
+    back = []
+    reach = forgetter._reach
+    forgetter._reach = lambda odds: back.append(odds) or reach(odds)
+    forgetter.step()
+    assert RELEARNING_RATES[0] < forgetter._rate <= RELEARNING_RATES[1]
+    assert -4 < back[0] < 2
 
 
 def test_where_a_fact_is_alone_contrast_facts_are_relearned(opened):
