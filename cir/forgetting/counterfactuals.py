@@ -26,8 +26,9 @@ TRIED = 16
 """Tokens of a sentence that are tried, at most, for whether its answer hangs on them."""
 PLACES, NEAREST = 4, 8
 """Tokens of a sentence that are exchanged, those on which its answer hangs most, and by how many others each."""
-FALL = 2.0
-"""Nats by which the answer's log-odds fall at least, for it to hang on a token, and for a sentence not to tell it."""
+FALL, SHARE = 2.0, 0.7
+"""Nats by which the answer's log-odds fall at least, for it to hang on a token; and what share of their fall with a
+random one they fall by with another, for the sentence not to tell the fact: with "Italian" for "Italy" less."""
 VOCABULARY_AT_ONCE = 2**14
 """Tokens whose embeddings are compared at once."""
 
@@ -39,8 +40,8 @@ def counterfactuals(
 
     An answer hangs on a token if its log-odds fall by :data:`FALL` with a random one in its place. The :data:`PLACES`
     for which that is most are exchanged, each with the :data:`NEAREST` that are in none of ``told``, by the cosine of
-    embeddings. Where the answer stays the likeliest, or has not fallen so, the sentence tells the fact in other words
-    and is left out. The answer of the others is the token that the model finds likeliest.
+    embeddings. Where the answer stays the likeliest, or falls by less than :data:`SHARE` of that, the sentence tells
+    the fact in other words and is left out. The answer of the others is the token that the model finds likeliest.
 
     Args:
         model, tokenizer: as for :func:`cir.unlearn`. tape: of that model, as it is.
@@ -71,14 +72,18 @@ def counterfactuals(
     for (row, place), (odds, _, _) in zip(tried, _answers(tape, random_ones, at_once), strict=True):
         if before[row] - odds >= FALL:
             falls.setdefault(row, []).append((before[row] - odds, place))
-    places = [(row, place) for row, of in falls.items() for _, place in sorted(of, reverse=True)[:PLACES]]
+    places = [(row, *of) for row, every in falls.items() for of in sorted(every, reverse=True)[:PLACES]]
 
-    near = _nearest(embeddings, sorted({prompts[row][p] for row, p in places}), usual)
-    exchanged = [(row, _with(prompts[row], p, token)) for row, p in places for token in near[prompts[row][p]]]
+    near = _nearest(embeddings, sorted({prompts[row][place] for row, _, place in places}), usual)
+    exchanged = [
+        (row, fall, _with(prompts[row], place, token))
+        for row, fall, place in places
+        for token in near[prompts[row][place]]
+    ]
     found = []
-    answers = _answers(tape, [ids for _, ids in exchanged], at_once)
-    for (row, ids), (odds, likeliest, hidden) in zip(exchanged, answers, strict=True):
-        if likeliest != ids[-1] and before[row] - odds >= FALL:
+    answers = _answers(tape, [ids for _, _, ids in exchanged], at_once)
+    for (row, fall, ids), (odds, likeliest, hidden) in zip(exchanged, answers, strict=True):
+        if likeliest != ids[-1] and before[row] - odds >= max(FALL, SHARE * fall):
             statement = Statement([*ids[:-1], likeliest], [len(ids) - 1])
             found.append(Sentence(own[row].owner, statement, hidden))
     return found

@@ -107,6 +107,7 @@ class Forgetter:
         self._replays = replays or Replays().follow(tape.weights)
         self._steps_left = config.max_steps
         self._left: dict[int, set[int]] = {}
+        self._returned: dict[int, set[int]] = {}
         self._before: dict[int, Tensor] = {}
         self._lessons: dict[int, list[Lesson]] = {}
         order = list(range(len(facts)))
@@ -137,6 +138,9 @@ class Forgetter:
     ) -> EpochLosses:
         """``check_every`` steps of each batch, fewer once all facts are gone or ``max_steps`` are taken.
 
+        A fact is gone if its answers are, and do not come back in two steps one after the other: after each, other
+        facts are relearned, and of many facts some few come back by the ones or the others.
+
         Set ``stop`` to end after the step under way. ``told`` is called after each step with the number of the batch,
         the mean log-odds before the step and how many facts are left, all of which the host has.
 
@@ -155,8 +159,8 @@ class Forgetter:
                     return EpochLosses(_mean(odds), left=self._facts_left())
                 step = self.step(number)
                 odds.append(step.odds)
-                gone &= not step.live
-                if step.live:
+                gone &= not self._left[number]
+                if self._left[number]:
                     self.apply(step)
                 on_step()
                 if told is not None:
@@ -187,16 +191,19 @@ class Forgetter:
         rows = self._read(self._whole[number])
         before = self._before.setdefault(number, rows.odds)
         floors = (before - LEAST_FALL).clamp_max(config.floor if floor is None else floor)
-        live, left = rows.odds > floors, rows.odds - floors
+        known, left = rows.odds > floors, rows.odds - floors
+        live = known
         if config.relearning_steps and (len(self._batches[number]) > 1 or self._peers):
             back = self._returning(number, rows, anew)
             rows, live, left = _replaced(rows.at(self._written), back, floors, config.relearning_floor)
-        odds, live, left = torch.stack([rows.odds, live.to(left), left]).cpu()
+        odds, live, left, known = torch.stack([rows.odds, live.to(left), left, known.to(left)]).cpu()
         mean = float(odds.mean())
         if not torch.isfinite(odds).all():
             raise NonFiniteError(f"expected finite log-odds, got a mean of {mean}; no weight was changed")
         kept = live.nonzero().squeeze(1)
-        self._left[number] = set(rows.owners[kept].tolist())
+        returned = set(rows.owners[kept].tolist())
+        twice = returned & self._returned.get(number, returned)
+        self._left[number], self._returned[number] = twice | set(rows.owners[known > 0].tolist()), returned
         if not len(kept):
             return Step({}, mean, 0)
         return Step(self._dosed(rows[kept], left[kept]), mean, len(kept))

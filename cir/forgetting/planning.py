@@ -11,6 +11,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from cir.config import CIRConfig, EditConfig, rank_at
+from cir.forgetting.counterfactuals import NEAREST, PLACES, SENTENCES, TRIED
 from cir.forgetting.fitting import GRADIENTS_EVERY
 from cir.forgetting.memory import ROOMY, STEP_ON_GPU, TOKENS_AT_ONCE, needed_to_forget, tokens_at_once
 from cir.forgetting.questions import PEERS
@@ -200,7 +201,7 @@ def plan(
         fits=peak < 0.97 * card.memory,
         phases={
             "measure": shape.measure(card, config, facts, tokens, steps),
-            "fit": shape.fit(card, config, contrast * sentences * tokens),
+            "fit": shape.fit(card, config, contrast * sentences, min(SENTENCES, facts * sentences), tokens),
             "steps": shape.steps(card, config, facts * sentences * tokens, -(-facts // config.batch_size), steps),
         },
         edit=shape.edit(card, edit, config, sentences * tokens, tokens),
@@ -273,7 +274,8 @@ class _Shape:
         self._forward(found, gpu, (checks + 1) * asked, self.lower + self.upper, depth, min(1024, facts * tokens))
         return found
 
-    def fit(self, gpu: GPU, config: CIRConfig, contrast: int) -> Phase:
+    def fit(self, gpu: GPU, config: CIRConfig, contrast: int, exchanged: int, tokens: int) -> Phase:
+        """With ``contrast`` sentences, and ``exchanged`` ones of the facts, of so many ``tokens``."""
         found, depth = Phase(), len(self.stack.mlps)
         alone, both = STEP_ON_GPU, TOKENS_AT_ONCE / 2
         with_gradients = config.retain_tokens / GRADIENTS_EVERY
@@ -282,7 +284,11 @@ class _Shape:
         )
         self._forward(found, gpu, with_gradients / both, self.lower, self.first, both)
         self._read(found, gpu, with_gradients / both, both, replayed=False)
-        self._read(found, gpu, max(1, contrast / 2048), min(contrast, 2048), replayed=False)
+        near = PLACES * NEAREST * exchanged * tokens
+        tried = near + min(TRIED, tokens) * exchanged * tokens
+        self._forward(found, gpu, max(1, tried / alone), self.lower + self.upper, depth, min(tried, alone))
+        spared = contrast * tokens + near
+        self._read(found, gpu, max(1, spared / 2048), min(spared, 2048), replayed=False)
         for site in sites_of(self.targets):
             columns = columns_at(site, rank_at(site, config.rank))
             rows = config.retain_tokens if site.kind == "activation" else with_gradients

@@ -246,7 +246,7 @@ def _warn_of(facts: Sequence[Fact], alike: Tensor | None) -> None:
     if without:
         logger.warning(
             "%d facts have no contrast fact of the same relation (similarity %.2f at most, of one relation %.2f): "
-            "others of their kind will suffer, give some as contrast: %s",
+            "others of their kind may suffer, give some as contrast: %s",
             len(without),
             float(nearest[nearest < LIKE].max()),
             LIKE,
