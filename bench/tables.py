@@ -52,10 +52,10 @@ EIGHT_B: list[tuple[str, dict[str, Any]]] = [
     ("", {"task": "W1", "form": "eager", "commit": "3b15fdf"}),
     ("the paper's way, the upper weights on the host", {"task": "W1", "form": "saving", "commit": "244feaf"}),
 ]
-WORLD_COMMIT = "6455e16"
+WORLD_VERSION = 3
 WORLD = {
     "untouched": "untouched",
-    "cir": "`cir.unlearn`, floor -8",
+    "cir": "`cir.unlearn`, as it is",
     "editor": "`Editor`, one after the other",
     "paper": "the paper's preset",
     "repselect": "RepSelect",
@@ -181,6 +181,8 @@ def world() -> list[list[str]]:
     """Means over seeds, each with its standard error in percentage points."""
     columns = ("recall", "worst", "gold_attacked", "neighbours", "same_subject", "unrelated")
     head = [
+        "",
+        "seeds",
         "text",
         "worst window (nats)",
         "recall of V",
@@ -192,12 +194,17 @@ def world() -> list[list[str]]:
     ]
     lines = []
     for name, label in WORLD.items():
-        own = rows_of("world", size="2m", version=2, commit=WORLD_COMMIT, method=name)
-        seeds = sorted(row["seed"] for row in own)
+        own = _latest(rows_of("world", size="2m", version=WORLD_VERSION, changes={}, method=name))
+        seeds = ", ".join(map(str, sorted(row["seed"] for row in own)))
         rise = "" if name == "untouched" else f"{sum(row['rise'] for row in own) / len(own):+.2%}"
         window = "" if name == "untouched" else f"{max(row['worst_window'] for row in own):.2f}"
-        lines.append([label, rise, window, *(_mean([row.get(column) for row in own]) for column in columns)])
-    return [[f"seeds {', '.join(map(str, seeds))}", *head], *lines]
+        lines.append([label, seeds, rise, window, *(_mean([row.get(column) for row in own]) for column in columns)])
+    return [head, *lines]
+
+
+def _latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last row of each seed."""
+    return list({row["seed"]: row for row in rows}.values())
 
 
 def _mean(values: Sequence[float | None]) -> str:

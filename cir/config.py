@@ -61,6 +61,8 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
+DIRECTIONS = 512
+"""Beyond which a quarter of a site's width is more than is collapsed by default."""
 LAYERS = 0.3
 """Of a model's depth, what is updated where it cannot be told where the facts are."""
 
@@ -83,7 +85,8 @@ class CIRConfig:
             that are used less than this are free.
         contrast_weight: of the contrast facts' activations beside the text's, each as a mean over tokens.
         text_weight: of the text's own gradients beside the contrast facts', each as a mean over tokens.
-        rank: directions collapsed at each site, at least; an int is a number, a float a share of the site's width.
+        rank: directions collapsed at each site, at least; an int is a number, a float a share of the site's width,
+            None a quarter of it or, of more than 512, an eighth: what is told has no more of them in wider models.
             The others count as unused.
         rounding: of updated 16-bit weights, see :func:`cir_kernels.outer_update_`: ``nearest`` drops what is less
             than half a unit in the last place; ``stochastic`` keeps it on average, and ``compensated`` in 16 further
@@ -113,7 +116,7 @@ class CIRConfig:
     ridge_gradient: float = 1.0
     contrast_weight: float = 10.0
     text_weight: float = 1.0
-    rank: float = 0.25
+    rank: float | None = None
     rounding: str = "stochastic"
     batch_size: int = 64
     max_length: int = 128
@@ -144,7 +147,7 @@ class CIRConfig:
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         energy = self.adapter_energy
         _require(0 < energy <= 1, "adapter_energy", "above 0 and at most 1", energy)
-        valid = self.rank >= 1 if isinstance(self.rank, int) else 0 < self.rank <= 1
+        valid = self.rank is None or (self.rank >= 1 if isinstance(self.rank, int) else 0 < self.rank <= 1)
         _require(valid, "rank", "1 or more directions, or a share above 0 and at most 1", self.rank)
         _check_common(self)
 
@@ -341,6 +344,8 @@ class EditConfig:
         _require(self.rounding in ("nearest", "stochastic"), "rounding", "nearest or stochastic", self.rounding)
 
 
-def rank_at(site: Site, rank: float) -> int:
-    """A rank as a number of directions: an int is one, a float a share of the site's width."""
+def rank_at(site: Site, rank: float | None) -> int:
+    """A rank as a number of directions: an int is one, a float a share of the site's width; None as of CIRConfig."""
+    if rank is None:
+        return min(site.width // 4, max(site.width // 8, DIRECTIONS))
     return rank if isinstance(rank, int) else round(rank * site.width)

@@ -85,7 +85,8 @@ def unlearn(
         retain: text whose directions are spared; the built-in text if None.
         disruption: text on which the budget is measured; if None, a held-out third of the retain text.
         config: see :class:`CIRConfig`; with one of :meth:`CIRConfig.paper` the model forgets in the paper's way.
-        subspaces: of :meth:`Subspaces.fit` on this model, in place of ``contrast``: nothing is fitted then.
+        subspaces: of :meth:`Subspaces.fit` on this model, in place of ``contrast``: nothing is fitted then, and what
+            the model says near these facts (docs/method.md, counterfactuals) is not spared.
         offload: in the paper's way, whether the weights above the loss layers wait on the host, to visit the GPU
             for budget checks: ``always``, ``never`` or, as ``auto``, where its memory would not suffice.
         on_step, on_round: called with a :class:`cir.StepEvent` after each step, and with a :class:`cir.RoundEvent`

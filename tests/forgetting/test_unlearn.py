@@ -19,6 +19,7 @@ import cir
 from cir.config import CIRConfig
 from cir.data.facts import load_facts
 from cir.data.shipped import builtin_contrast
+from cir.forgetting import counterfactuals
 from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.update import NonFiniteError
 from cir.model.finding import find_stack
@@ -132,8 +133,9 @@ def test_facts_that_are_not_all_forgotten_are_named(model, tokenizer, caplog):
     assert "4 facts are not all forgotten: f0, f1, f2, f3" in caplog.text
 
 
-def test_what_was_fitted_once_serves_in_place_of_contrast(model, tokenizer):
+def test_what_was_fitted_once_serves_in_place_of_contrast(model, tokenizer, monkeypatch):
     other = knowing_llama()
+    monkeypatch.setattr(counterfactuals, "SENTENCES", 0)  # which are of the facts
     subspaces = cir.Subspaces.fit(model, tokenizer, TEXT, STAY, config=CONFIG, progress=False)
     disruption = {"retain": TEXT, "disruption": TEXT}
     run(model, tokenizer, contrast=None, subspaces=subspaces, **disruption)
