@@ -65,7 +65,7 @@ def counterfactuals(
     tried = [
         (row, place)
         for row, ids in enumerate(prompts)
-        for place in draw.sample(range(first, len(ids) - 1), min(TRIED, len(ids) - 1 - first))
+        for place in draw.sample(range(first, len(ids) - 1), min(TRIED, max(0, len(ids) - 1 - first)))
     ]
     random_ones = [_with(prompts[row], place, draw.choice(usual)) for row, place in tried]
     falls: dict[int, list[tuple[float, int]]] = {}

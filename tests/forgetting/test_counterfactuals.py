@@ -60,3 +60,7 @@ def test_no_more_sentences_than_are_asked_for_and_each_fact_in_turn(knowing, mon
         assert {sentence.owner for sentence in found} == set(range(4))
         assert len(found) <= 4 * made.PLACES * made.NEAREST
         assert counterfactuals(model, tape, tokenizer, [], at_once=64, seed=0) == []
+        # Nothing but what opens it goes before the answer.
+        short = sentences(tape, tokenizer, load_facts(["beta0"]), max_length=64, at_once=512)
+        monkeypatch.setattr(made, "opening", lambda tokenizer: [0, 0])
+        assert counterfactuals(model, tape, tokenizer, short, at_once=64, seed=0) == []
