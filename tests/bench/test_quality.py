@@ -14,6 +14,7 @@ from bench.quality.rows import Rows
 from bench.quality.runs import ABLATIONS, ablate, compare, untouched
 from cir import CIRConfig
 from cir.data.facts import load_facts
+from cir.forgetting import counterfactuals
 from cir.forgetting.report import Measure
 from cir.measures import mean_recall
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
@@ -75,7 +76,8 @@ def test_every_method_ends_inside_the_budget_and_no_row_is_measured_twice(bench,
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_told_to_stay_stays(bench):
+def test_what_is_told_to_stay_stays(bench, monkeypatch):
+    monkeypatch.setattr(counterfactuals, "SENTENCES", 0)  # which spare what is not told
     config = replace(SMALL, budget=10.0)
     told, untold = (bench.forget_with(config, contrast) for contrast in (TASK.neighbours, []))
     kept = []

@@ -36,12 +36,12 @@ def test_a_run_is_repeated_from_what_it_wrote(files, tmp_path, capsys):
 
 def test_an_adapter_is_written_in_place_of_a_model(files, tmp_path, capsys):
     peft = pytest.importorskip("peft")
-    words = ["--adapter", "--adapter-rank", "3", "--out", str(tmp_path / "a")]
+    words = ["--adapter", "--adapter-rank", "6", "--out", str(tmp_path / "a")]
     assert run(files, "unlearn", *GIVEN, *QUICK, *words, "--json") == 0
     out, error = capsys.readouterr()
     report = json.loads(out)
-    assert report["adapter"]["rank"] == report["config"]["adapter_rank"] == 3
-    assert f"adapter    rank 3, {report['adapter']['energy']:.1%} of the change" in error
+    assert report["adapter"]["rank"] == report["config"]["adapter_rank"] == 6
+    assert f"adapter    rank 6, {report['adapter']['energy']:.1%} of the change" in error
     names = {"adapter_model.safetensors", "adapter_config.json", "report.json", "config.yaml"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == {*names, ".cir"}
     model, tokenizer = cir.load_model(files / "model", device="cpu")
