@@ -86,7 +86,7 @@ class CIRConfig:
         contrast_weight: of the contrast facts' activations beside the text's, each as a mean over tokens.
         text_weight: of the text's own gradients beside the contrast facts', each as a mean over tokens.
         rank: directions collapsed at each site, at least; an int is a number, a float a share of the site's width,
-            None a quarter of it or, of more than 512, an eighth: what is told has no more of them in wider models.
+            None a quarter of it, but no more than 512 or an eighth, whichever is more.
             The others count as unused.
         rounding: of updated 16-bit weights, see :func:`cir_kernels.outer_update_`: ``nearest`` drops what is less
             than half a unit in the last place; ``stochastic`` keeps it on average, and ``compensated`` in 16 further

@@ -62,11 +62,8 @@ def counterfactuals(
     prompts = [sentence.statement.ids[: sentence.statement.told[0] + 1] for sentence in own]
     before = [odds for odds, _, _ in _answers(tape, prompts, at_once)]
 
-    tried = [
-        (row, place)
-        for row, ids in enumerate(prompts)
-        for place in draw.sample(range(first, len(ids) - 1), min(TRIED, max(0, len(ids) - 1 - first)))
-    ]
+    within = [range(first, len(ids) - 1) for ids in prompts]
+    tried = [(row, place) for row, of in enumerate(within) for place in draw.sample(of, min(TRIED, len(of)))]
     random_ones = [_with(prompts[row], place, draw.choice(usual)) for row, place in tried]
     falls: dict[int, list[tuple[float, int]]] = {}
     for (row, place), (odds, _, _) in zip(tried, _answers(tape, random_ones, at_once), strict=True):

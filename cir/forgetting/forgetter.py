@@ -254,8 +254,10 @@ class Forgetter:
 
     def _reach(self, back: float) -> None:
         """Steps of relearning are as long as it takes to bring what is taught back: attackers go on until then."""
-        change = min(max(math.exp((BACK - back) / NATS), 1 / MOST), MOST)
-        self._rate = min(max(self._rate * change, RELEARNING_RATES[0]), RELEARNING_RATES[1])
+        if math.isfinite(back):
+            most, (least, greatest) = math.log(MOST), RELEARNING_RATES
+            change = math.exp(min(max((BACK - back) / NATS, -most), most))
+            self._rate = min(max(self._rate * change, least), greatest)
 
     def _lessons_of(self, facts: Sequence[Sequence[Sentence]]) -> list[Lesson]:
         """Each half of ``facts`` is relearned and the other asked; where there is one, its peers are relearned.
