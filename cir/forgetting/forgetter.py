@@ -33,9 +33,9 @@ GRAM_ENTRIES = 2**24
 """Of rows that inner products are formed of at once, in float64."""
 RELEARNING_RATES = 1.5e-3, 5e-2
 """Least and greatest length of a step of relearning, at each weight, over the root mean square of its linear's."""
-BACK, NATS, MOST = -1.0, 3.0, 3.0
-"""Mean log-odds that steps of relearning are to bring back before the last of them; nats short of it for which they
-lengthen e-fold; and by how much they do so or shorten at once."""
+BACK, NATS, MOST = 3.0, 3.0, 3.0
+"""Mean log-odds that steps of relearning are to bring back before the last of them, as an attacker who is done has;
+nats short of it for which they lengthen e-fold; and by how much they do so or shorten at once."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,9 @@ class Forgetter:
         return Step(self._dosed(rows[kept], left[kept]), mean, len(kept))
 
     def apply(self, step: Step, scale: float = 1.0) -> None:
-        """Add ``scale`` times a step to the weights."""
+        """Add ``scale`` times a step to the weights, if it has any tokens."""
+        if not step.tokens:
+            return
         self._updates += 1
         with phase("update"):
             add_outer(self._targets, step.tokens, scale, self._config.rounding, self._updates, self._remainders)
@@ -262,12 +264,15 @@ class Forgetter:
     def _lessons_of(self, facts: Sequence[Sequence[Sentence]]) -> list[Lesson]:
         """Each half of ``facts`` is relearned and the other asked; where there is one, its peers are relearned.
 
-        The halves are others each time: what two facts share, the answer say, comes back by the one if it is taught
-        and the other is asked.
+        What two facts share comes back by the one if it is taught and the other is asked. So the halves are others
+        each time, and of two facts with one answer each is in a half of its own.
         """
-        order = list(range(len(facts)))
-        self._random.shuffle(order)
-        halves = order[: len(facts) // 2], order[len(facts) // 2 :]
+        said = [fact[0].statement for fact in facts]
+        answers = [tuple(statement.ids[place] for place in statement.told) for statement in said]
+        order = self._random.sample(range(len(facts)), len(facts))
+        rank = {answers[i]: number for number, i in enumerate(order)}
+        order.sort(key=lambda i: rank[answers[i]])
+        halves = order[1::2], order[::2]
         of = [self._ask([facts[i] for i in half]) for half in halves]
         if not halves[0]:
             return [Lesson([], order, self._peers, of[1], [])]

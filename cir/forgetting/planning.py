@@ -11,7 +11,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from cir.config import CIRConfig, EditConfig, rank_at
-from cir.forgetting.counterfactuals import NEAREST, PLACES, SENTENCES, TRIED
+from cir.forgetting.counterfactuals import NEAREST, PLACES, SENTENCES, TEMPLATES, TRIED
 from cir.forgetting.fitting import GRADIENTS_EVERY
 from cir.forgetting.memory import ROOMY, STEP_ON_GPU, TOKENS_AT_ONCE, needed_to_forget, tokens_at_once
 from cir.forgetting.questions import PEERS
@@ -284,7 +284,7 @@ class _Shape:
         )
         self._forward(found, gpu, with_gradients / both, self.lower, self.first, both)
         self._read(found, gpu, with_gradients / both, both, replayed=False)
-        near = PLACES * NEAREST * exchanged * tokens
+        near = (PLACES * exchanged + min(TEMPLATES, contrast)) * NEAREST * tokens
         tried = near + min(TRIED, tokens) * exchanged * tokens
         self._forward(found, gpu, max(1, tried / alone), self.lower + self.upper, depth, min(tried, alone))
         spared = contrast * tokens + near

@@ -219,7 +219,7 @@ def _plan(
                 if subspaces is not None:
                     common: SiteSubspaces = subspaces.to(model.device)
                 else:
-                    near = counterfactuals(model, tape, tokenizer, own, at_once=at_once, seed=config.seed)
+                    near = counterfactuals(model, tape, tokenizer, own, told, at_once=at_once, seed=config.seed)
                     asked = ask(tape, [*told, *near], at_once)
                     common = fitted(tape, targets, rows, asked, config, at_once=at_once, progress=progress)
                 forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, told, own, at_once=at_once)

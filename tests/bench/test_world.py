@@ -17,7 +17,7 @@ from cir.forgetting import counterfactuals
 from cir.measures import mean_recall, recall
 from cir.model.checkpoints import load_model
 
-SIZE = Size(4, 96, 256, 24, 4e-3)
+SIZE = Size(4, 96, 256, 24, 4e-3, 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_too_small_a_world_a_poor_learner_and_a_leak_are_refused(world, tmp_path
     with pytest.raises(
         ValueError, match=r"taught: expected a model that learned its world to a recall of 0\.9, got 0"
     ):
-        prepared(world, Size(1, 32, 64, 1, 1e-3), tmp_path, "poor")
+        prepared(world, Size(1, 32, 64, 1, 1e-3, 0.3), tmp_path, "poor")
     assert not list(tmp_path.iterdir())
     check_gold({f"f{i}": float(i % OBJECTS == 0) for i in range(2 * OBJECTS)})
     with pytest.raises(ValueError, match=r"gold: expected a recall of 0\.062, chance, .* got 0\.500 .*: a leak"):

@@ -47,6 +47,34 @@ def test_one_token_is_another_and_the_answer_is_the_models(knowing, first):
         assert odds == pytest.approx(_odds(logits[answer]), abs=1e-3)  # of what the lower layers said, too
 
 
+def test_a_token_that_the_answer_hangs_on_is_put_into_what_must_stay(knowing, monkeypatch):
+    model, tokenizer = knowing
+    monkeypatch.setattr(made, "TEMPLATES", 5)
+    with answering(model, find_stack(model), 0) as tape:
+        told, kept = (sentences(tape, tokenizer, of, max_length=64, at_once=512) for of in (FACTS[:4], FACTS[4:]))
+        given = {"at_once": 64, "seed": 0}
+        alone = counterfactuals(model, tape, tokenizer, told, **given)
+        found = counterfactuals(model, tape, tokenizer, told, kept, **given)
+    added = [(s.owner, s.statement.ids) for s in found if s.statement.ids not in [t.statement.ids for t in alone]]
+    assert 3 < len(added) <= 5 * made.NEAREST
+    words = model.get_input_embeddings().weight.detach()
+    for owner, (*prompt, answer) in added:
+        own = {token for s in told if s.owner == owner for token in s.statement.ids[1 : s.statement.told[0]]}
+        sources = [s.statement.ids[: s.statement.told[0] + 1] for s in kept]
+        near = [ids for ids in sources if len(ids) == len(prompt) + 1 and sum(map(int.__ne__, ids, prompt)) == 1]
+        assert near
+        for ids in near:
+            (place,) = (i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b)
+            like = torch.cosine_similarity(words[ids[1:-1]], words[prompt[place]], dim=1)
+            if prompt[place] in own and int(like.argmax()) == place - 1 and answer != ids[-1]:
+                break
+        else:
+            pytest.fail(f"expected a word of fact {owner} in the place of its nearest, got {prompt}")
+        with torch.no_grad():
+            assert answer == int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+        assert answer not in [s.statement.ids[s.statement.told[0]] for s in told if s.owner == owner]
+
+
 def _odds(logprob):
     return float(logprob - torch.log1p(-logprob.exp()))
 

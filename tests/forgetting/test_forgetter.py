@@ -283,6 +283,26 @@ def facts_of(forgetter, parts):
     return sorted(forgetter._batches[0][i][0].owner for i in parts)
 
 
+def test_of_two_facts_with_one_answer_one_is_taught_and_the_other_asked(opened):
+    _, tokenizer, targets, tape = opened
+    twins = [
+        {**fact, "sentences": [said.replace(f"delta{i}", f"delta{i % 4}") for said in fact["sentences"]]}
+        for i, fact in enumerate(facts(8))
+    ]
+    for fact, number in zip(twins, [*range(4)] * 2, strict=True):
+        fact["probes"] = [{"prompt": fact["probes"][0]["prompt"], "target": f" delta{number}"}]
+    forgetter = Forgetter(tape, targets, tokenizer, load_facts(twins), NOTHING, CONFIG)
+    drawn = set()
+    for _ in range(10):
+        lessons = forgetter._lessons_of(forgetter._batches[0])
+        for lesson in lessons:
+            owners = [facts_of(forgetter, part) for part in (lesson.taught, lesson.asked)]
+            assert [sorted(i % 4 for i in part) for part in owners] == [[0, 1, 2, 3]] * 2
+            assert sorted(owners[0] + owners[1]) == list(range(8))
+        drawn.add(tuple(facts_of(forgetter, lessons[0].taught)))
+    assert len(drawn) > 3
+
+
 def test_steps_of_relearning_are_as_long_as_it_takes(opened):
     _, tokenizer, targets, tape = opened
     config = replace(CONFIG, check_every=12)
