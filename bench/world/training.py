@@ -30,7 +30,7 @@ class Size:
     """A Llama of so many ``layers``, and how it is taught: epochs over the facts at AdamW's peak ``rate`` and weight
     ``decay``.
 
-    Shallow and wide: of two million parameters, eight layers of 128 left gold of seed 1 at a recall of 0.67; of thirty,
+    Shallow and wide: of two million parameters eight layers of 128 left gold of seed 1 at a recall of 0.67; of thirty
     six of 640 learned 0.53 in 20 epochs, four of 768 learn 0.97 in 12. With a decay of 0.1 half of the worlds of two
     million parameters were learned to 0.80 to 0.88.
     """
