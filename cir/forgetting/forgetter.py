@@ -31,6 +31,8 @@ LEAST_DOSE = 0.5
 """Nats of a dose where less than that is left to go: the first order is not all, and gone is below the floor."""
 GRAM_ENTRIES = 2**24
 """Of rows that inner products are formed of at once, in float64."""
+FEW = 0.05
+"""Of the facts of a batch, that may come back in the last step."""
 RELEARNING_RATES = 1.5e-3, 5e-2
 """Least and greatest length of a step of relearning, at each weight, over the root mean square of its linear's."""
 BACK, NATS, MOST = 3.0, 3.0, 3.0
@@ -107,7 +109,6 @@ class Forgetter:
         self._replays = replays or Replays().follow(tape.weights)
         self._steps_left = config.max_steps
         self._left: dict[int, set[int]] = {}
-        self._returned: dict[int, set[int]] = {}
         self._before: dict[int, Tensor] = {}
         self._lessons: dict[int, list[Lesson]] = {}
         order = list(range(len(facts)))
@@ -138,8 +139,8 @@ class Forgetter:
     ) -> EpochLosses:
         """``check_every`` steps of each batch, fewer once all facts are gone or ``max_steps`` are taken.
 
-        A fact is gone if its answers are, and do not come back in two steps one after the other: after each, other
-        facts are relearned, and of many facts some few come back by the ones or the others.
+        Facts are gone if their answers are, and no more than :data:`FEW` come back as others are relearned: of many
+        some come back by the ones or the others, and each step draws those anew.
 
         Set ``stop`` to end after the step under way. ``told`` is called after each step with the number of the batch,
         the mean log-odds before the step and how many facts are left, all of which the host has.
@@ -202,8 +203,8 @@ class Forgetter:
             raise NonFiniteError(f"expected finite log-odds, got a mean of {mean}; no weight was changed")
         kept = live.nonzero().squeeze(1)
         returned = set(rows.owners[kept].tolist())
-        twice = returned & self._returned.get(number, returned)
-        self._left[number], self._returned[number] = twice | set(rows.owners[known > 0].tolist()), returned
+        few = len(returned) <= FEW * len(self._batches[number])
+        self._left[number] = set(rows.owners[known > 0].tolist()) | (set() if few else returned)
         if not len(kept):
             return Step({}, mean, 0)
         return Step(self._dosed(rows[kept], left[kept]), mean, len(kept))
