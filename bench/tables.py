@@ -178,10 +178,11 @@ def eight_b() -> list[list[str]]:
 
 
 def world() -> list[list[str]]:
-    """Means over seeds, each with its standard error in percentage points."""
+    """Means over seeds, each with its standard error in percentage points where there are several."""
     columns = ("recall", "worst", "gold_attacked", "neighbours", "same_subject", "unrelated")
     head = [
         "",
+        "size",
         "seeds",
         "text",
         "worst window (nats)",
@@ -193,12 +194,14 @@ def world() -> list[list[str]]:
         "rest",
     ]
     lines = []
-    for name, label in WORLD.items():
-        own = _latest(rows_of("world", size="2m", version=WORLD_VERSION, changes={}, method=name))
+    larger = [(size, name) for size in ("8m", "30m") for name in ("untouched", "cir")]
+    for size, name in [*(("2m", name) for name in WORLD), *larger]:
+        own = _latest(rows_of("world", size=size, version=WORLD_VERSION, changes={}, method=name))
         seeds = ", ".join(map(str, sorted(row["seed"] for row in own)))
         rise = "" if name == "untouched" else f"{sum(row['rise'] for row in own) / len(own):+.2%}"
         window = "" if name == "untouched" else f"{max(row['worst_window'] for row in own):.2f}"
-        lines.append([label, seeds, rise, window, *(_mean([row.get(column) for row in own]) for column in columns)])
+        means = (_mean([row.get(column) for row in own]) for column in columns)
+        lines.append([WORLD[name], size, seeds, rise, window, *means])
     return [head, *lines]
 
 
@@ -209,7 +212,10 @@ def _latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _mean(values: Sequence[float | None]) -> str:
     mean = estimate(value for value in values if value is not None)
-    return "" if mean is None else f"{100 * mean.value:.1f} ± {100 * mean.stderr:.1f} %"
+    if mean is None:
+        return ""
+    stderr = f" ± {100 * mean.stderr:.1f}" if mean.count > 1 else ""
+    return f"{100 * mean.value:.1f}{stderr} %"
 
 
 TABLES: dict[str, Callable[[], list[list[str]]]] = {
