@@ -210,9 +210,7 @@ class Forgetter:
         return Step(self._dosed(rows[kept], left[kept]), mean, len(kept))
 
     def apply(self, step: Step, scale: float = 1.0) -> None:
-        """Add ``scale`` times a step to the weights, if it has any tokens."""
-        if not step.tokens:
-            return
+        """Add ``scale`` times a step to the weights."""
         self._updates += 1
         with phase("update"):
             add_outer(self._targets, step.tokens, scale, self._config.rounding, self._updates, self._remainders)
