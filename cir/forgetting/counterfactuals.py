@@ -88,15 +88,7 @@ def counterfactuals(
         return []
     prompts = [_prompt(sentence) for sentence in own]
     before = [odds for odds, _, _ in _answers(tape, prompts, at_once)]
-
-    within = [range(first, len(ids) - 1) for ids in prompts]
-    tried = [(row, place) for row, of in enumerate(within) for place in draw.sample(of, min(TRIED, len(of)))]
-    random_ones = [_with(prompts[row], place, draw.choice(usual)) for row, place in tried]
-    hung: dict[int, list[_Hung]] = {}
-    for (row, place), (odds, _, _) in zip(tried, _answers(tape, random_ones, at_once), strict=True):
-        if before[row] - odds >= FALL:
-            hung.setdefault(row, []).append(_Hung(row, place, before[row] - odds))
-    most = [of for every in hung.values() for of in sorted(every, key=lambda of: -of.fall)[:PLACES]]
+    most = _hanging(tape, prompts, before, usual, first, draw, at_once)
 
     templates = [_prompt(sentence) for sentence in draw.sample(kept, min(TEMPLATES, len(kept)))]
     pairs = [(ids, of) for ids in templates for of in draw.sample(most, min(NEAREST, len(most)))]
@@ -117,6 +109,26 @@ def _prompt(sentence: Sentence) -> list[int]:
 
 def _with(ids: Sequence[int], place: int, token: int) -> list[int]:
     return [*ids[:place], token, *ids[place + 1 :]]
+
+
+def _hanging(
+    tape: AnswerCapture,
+    prompts: Sequence[list[int]],
+    before: Sequence[float],
+    usual: Sequence[int],
+    first: int,
+    draw: random.Random,
+    at_once: int,
+) -> list[_Hung]:
+    """The tokens of each of ``prompts`` on which its answer, of the log-odds ``before``, hangs most."""
+    within = [range(first, len(ids) - 1) for ids in prompts]
+    tried = [(row, place) for row, of in enumerate(within) for place in draw.sample(of, min(TRIED, len(of)))]
+    random_ones = [_with(prompts[row], place, draw.choice(usual)) for row, place in tried]
+    hung: dict[int, list[_Hung]] = {}
+    for (row, place), (odds, _, _) in zip(tried, _answers(tape, random_ones, at_once), strict=True):
+        if before[row] - odds >= FALL:
+            hung.setdefault(row, []).append(_Hung(row, place, before[row] - odds))
+    return [of for every in hung.values() for of in sorted(every, key=lambda of: -of.fall)[:PLACES]]
 
 
 def _exchanged(
