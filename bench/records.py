@@ -45,6 +45,12 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         out.writelines(json.dumps({**row, **common}) + "\n" for row in rows)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``path``, none where there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
 def mark_memory() -> int:
     """Start looking for the peak of this process (Linux: VmHWM); its resident bytes now."""
     ctypes.CDLL(None).malloc_trim(0)  # what was freed would else serve what is measured unseen

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import bench.quality
 from bench.baselines import BASELINES
-from bench.quality.measuring import Bench, Task
+from bench.quality.measuring import Bench, Task, controls
 from bench.quality.report import report
 from bench.quality.rows import Rows
 from bench.quality.runs import METHODS, ablate, compare, untouched
@@ -16,6 +16,9 @@ from cir.data.shipped import DATA, builtin_text
 from cir.forgetting.report import hash_facts
 from cir.model.checkpoints import demo_model
 from cir.proof.relearning import RELEARNINGS, STRONG
+
+CONTROLS = controls(RELEARNINGS["adam, fast"])
+FAMILIES = {"strong": list(STRONG), "controls": list(CONTROLS)}
 
 
 def main() -> None:
@@ -40,9 +43,9 @@ def main() -> None:
     parser.add_argument(
         "--attacks",
         nargs="+",
-        choices=[*RELEARNINGS, *STRONG, "strong"],
+        choices=[*RELEARNINGS, *STRONG, *CONTROLS, *FAMILIES],
         default=list(RELEARNINGS),
-        help="strong: all of that name",
+        help="strong, controls: all of these",
     )
     parser.add_argument("--ablate", action="store_true", help="variants of cir instead, at the last budget")
     parser.add_argument(
@@ -62,7 +65,7 @@ def main() -> None:
     if arguments.small:
         arguments.seeds = arguments.seeds[:1]
     budgets = arguments.budgets or ([0.01] if arguments.small else [0.001, 0.003])
-    attacks = [name for asked in arguments.attacks for name in (STRONG if asked == "strong" else [asked])]
+    attacks = [name for asked in arguments.attacks for name in FAMILIES.get(asked, [asked])]
     task = Task(
         *(load_facts(path) for path in (arguments.relearn, arguments.probe, arguments.neighbours)),
         *texts,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -21,13 +21,17 @@ from cir.forgetting.budget import Meter, retreat
 from cir.forgetting.report import Measure
 from cir.measures import kl_divergence, mean_recall, recall, reference_of
 from cir.model.checkpoints import load_model
-from cir.proof.attacks import few_shot, quantized
+from cir.proof.attacks import few_shot, linear_probe, quantized
 from cir.proof.relearning import RELEARNINGS, STRONG, Relearning
 from cir.proof.statistics import forget_quality, paired, truth_ratios
 
 CIR = CIRConfig()
 MAX_EPOCHS = 6
 TRIES = 4
+CONTROL = "control, "
+"""Before the names of attacks whose attacker is taught something else than the related facts as they are."""
+PLAIN = 200
+"""Characters of a line of plain text that is taught."""
 KL_TOKENS = 4096
 """Of the disruption text, where the change of what is said is measured: training on such text lowers its loss, and so
 hides harm from the budget, but not this.
@@ -63,7 +67,9 @@ class Task:
     contrast: list[Fact] = field(default_factory=list)
     forget: list[Fact] = field(default_factory=list)
     gold: str | None = None
-    relearnings: Mapping[str, Relearning] = field(default_factory=lambda: {**RELEARNINGS, **STRONG})
+    relearnings: Mapping[str, Relearning] = field(
+        default_factory=lambda: {**RELEARNINGS, **STRONG, **controls(RELEARNINGS["adam, fast"])}
+    )
     wrong: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
@@ -74,6 +80,56 @@ class Task:
     def facts(self) -> list[Fact]:
         return self.forget or [*self.probe, *self.relearn]
 
+    def lesson(self, attack: str) -> list[Fact]:
+        """What the attacker is taught: ``relearn``, or what a control has in its place."""
+        instead = CONTROLS.get(attack.removeprefix(CONTROL))
+        return instead(self) if instead else self.relearn
+
+
+def permuted(facts: Sequence[Fact]) -> list[Fact]:
+    """Each with the answer of the next that has another, in its sentences too; those without probes are left out."""
+    asked = [fact for fact in facts if fact.probes]
+    found = []
+    for number, fact in enumerate(asked):
+        own = fact.probes[0].target
+        following = (later.probes[0].target for later in [*asked[number:], *asked[:number]])
+        other = next((target for target in following if target != own), own)
+        sentences = tuple(sentence.replace(own.strip(), other.strip()) for sentence in fact.sentences)
+        probes = tuple(replace(probe, target=other) for probe in fact.probes)
+        found.append(replace(fact, sentences=sentences, probes=probes))
+    return found
+
+
+def _reworded(task: Task) -> list[Fact]:
+    """What is related in the wording of its probes."""
+    said = {fact.id: tuple(probe.prompt + probe.target for probe in fact.probes) for fact in task.relearn}
+    return [replace(fact, sentences=said[fact.id]) for fact in task.relearn if said[fact.id]]
+
+
+def _plain(task: Task) -> list[Fact]:
+    """As many lines of the retain text as what is related has sentences."""
+    lines = [line.strip()[:PLAIN] for line in task.retain.splitlines() if line.strip()]
+    return [Fact("text", tuple(lines[: sum(len(fact.sentences) for fact in task.relearn)]))]
+
+
+CONTROLS: dict[str, Callable[[Task], list[Fact]]] = {
+    "permuted answers": lambda task: permuted(task.relearn),
+    "other wording": _reworded,
+    "plain text": _plain,
+}
+"""What an attacker is taught in the place of the related facts."""
+
+
+def controls(relearning: Relearning) -> dict[str, Relearning]:
+    """:data:`CONTROLS` as attacks of these settings, by name."""
+    return {CONTROL + name: relearning for name in CONTROLS}
+
+
+def hardest(attacked: Mapping[str, float]) -> str:
+    """Of the attacks, of the controls where there are no others, that which brings most back."""
+    attacks = [name for name in attacked if not name.startswith(CONTROL)]
+    return max(attacks or attacked, key=lambda name: attacked[name])
+
 
 Histories = dict[str, list[dict[str, float]]]
 """By attack, recall by fact of what is probed, before and after each epoch."""
@@ -81,10 +137,15 @@ Histories = dict[str, list[dict[str, float]]]
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a model recalls of the probed facts, before and under attack, and their truth ratios."""
+    """What a model recalls of the probed facts, before and under attack, and their truth ratios.
+
+    ``others``: by attack, the mean probability of another answer of the set in the place of each, in step with
+    ``histories``.
+    """
 
     histories: Histories
     ratios: dict[str, float]
+    others: dict[str, list[float]]
 
     @property
     def before(self) -> dict[str, float]:
@@ -92,12 +153,17 @@ class Knowledge:
 
     def at_best(self, attack: str) -> dict[str, float]:
         """After the epoch of ``attack`` that brought most back."""
-        return max(self.histories[attack][1:], key=lambda recalls: mean_recall(recalls) or 0)
+        return self.histories[attack][self.best(attack)]
+
+    def best(self, attack: str) -> int:
+        """The number of that epoch, from 1 on."""
+        history = self.histories[attack]
+        return max(range(1, len(history)), key=lambda look: mean_recall(history[look]) or 0)
 
     @property
     def worst(self) -> str:
         """The attack that brings most back."""
-        return max(self.histories, key=lambda name: mean_recall(self.at_best(name)) or 0)
+        return hardest({name: mean_recall(self.at_best(name)) or 0 for name in self.histories})
 
 
 @dataclass
@@ -223,6 +289,7 @@ class Bench:
             with quantized(self.model, bits):
                 rounded[f"quantized_{bits}bit"] = mean_recall(self.recall(task.probe))
         shown = few_shot(task.probe, task.relearn)
+        read = linear_probe(self.model, self.tokenizer, task.probe, task.relearn)
         return {
             **self.rise(outcome),
             "worst_window": outcome.measure.worst,
@@ -235,9 +302,11 @@ class Bench:
                 if (facts := getattr(task, name))
             },
             "attacked": {name: max(history[1:]) for name, history in relearned.items()},
-            "worst": max(max(history[1:]) for history in relearned.values()),
+            "worst": mean_recall(own.at_best(own.worst)),
+            "other_answer": own.others[own.worst][own.best(own.worst)],
             **rounded,
             "few_shot": mean_recall(self.recall(shown)),
+            "linear_probe": None if read is None else read.value,
             "change": self.change(),
             "seconds": outcome.seconds,
             "trajectory": outcome.trajectory,
@@ -257,11 +326,16 @@ class Bench:
 
 def knowledge(model: Any, tokenizer: Any, task: Task) -> Knowledge:
     """Of the probed facts of ``task``; the model ends as it came in."""
-    histories = {
-        name: relearn(model, tokenizer, task.relearn, task.probe, **asdict(task.relearnings[name]), progress=False)
-        for name in task.attacks
-    }
-    return Knowledge(histories, truth_ratios(model, tokenizer, task.probe, task.wrong) if task.wrong else {})
+    others = {f"{fact.id}, another": replace(fact, id=f"{fact.id}, another") for fact in permuted(task.probe)}
+    histories: Histories = {}
+    another: dict[str, list[float]] = {}
+    for name in task.attacks:
+        settings = asdict(task.relearnings[name])
+        probe = [*task.probe, *others.values()]
+        looks = relearn(model, tokenizer, task.lesson(name), probe, **settings, progress=False)
+        another[name] = [mean_recall({key: look[key] for key in others if key in look}) or 0.0 for look in looks]
+        histories[name] = [{key: value for key, value in look.items() if key not in others} for look in looks]
+    return Knowledge(histories, truth_ratios(model, tokenizer, task.probe, task.wrong) if task.wrong else {}, another)
 
 
 def beside(own: Knowledge, gold: Knowledge) -> dict[str, Any]:

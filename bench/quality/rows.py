@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.records import write_rows
+from bench.quality.measuring import hardest
+from bench.records import read_rows, write_rows
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -21,8 +22,7 @@ class Rows:
 
     def __init__(self, path: Path, common: Mapping[str, Any], attacks: Sequence[str]) -> None:
         self.path, self.common = path, {**common, "attacks": list(attacks)}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        rows = [json.loads(line) for line in lines]
+        rows = read_rows(path)
         own = [row for row in rows if _has(row, common)]
         self.others = len(rows) - len(own)
         self.found = [_under(attacks, row) for row in own if _holds(row, attacks)]
@@ -48,7 +48,7 @@ def _under(attacks: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
     if "attacked" not in row:
         return row
     attacked, relearning = ({name: row[key][name] for name in attacks} for key in ("attacked", "relearning"))
-    return {**row, "attacked": attacked, "relearning": relearning, "worst": max(attacked.values())}
+    return {**row, "attacked": attacked, "relearning": relearning, "worst": attacked[hardest(attacked)]}
 
 
 def _has(row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:

@@ -14,7 +14,11 @@ from cir import CIRConfig
 from cir.config import BreakingConfig
 from cir.forgetting.report import hash_facts
 
-METHODS: dict[str, CIRConfig | BreakingConfig] = {"cir": CIR, "repselect": CIRConfig.repselect()}
+METHODS: dict[str, CIRConfig | BreakingConfig] = {
+    "cir": CIR,
+    "paper": CIRConfig.paper(),
+    "repselect": CIRConfig.repselect(),
+}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "without contrast facts": {"contrast": False},

@@ -8,7 +8,7 @@ from typing import Any
 import bench.world
 from bench.records import ROOT
 from bench.world.report import table
-from bench.world.runs import METHODS, RELEARNINGS, changed, compare
+from bench.world.runs import FAMILIES, METHODS, RELEARNINGS, changed, compare
 from bench.world.training import SIZES
 
 
@@ -22,10 +22,11 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of the configurations of ours")
     parser.add_argument("--rates", type=float, nargs="+", help="tried instead of each method's own")
     parser.add_argument("--subjects", type=int, default=20, help="of each kind (default: %(default)s)")
-    parser.add_argument("--attacks", nargs="+", choices=list(RELEARNINGS), default=list(RELEARNINGS))
+    parser.add_argument("--attacks", nargs="+", choices=[*RELEARNINGS, *FAMILIES], default=list(RELEARNINGS))
     parser.add_argument("--models", type=Path, default=ROOT / "worlds", help="where models are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     arguments = parser.parse_args()
+    attacks = [name for asked in arguments.attacks for name in FAMILIES.get(asked, [asked])]
     fields = dict(_field(parser, pair) for pair in arguments.set)
     methods = {name: changed(METHODS[name], fields, arguments.rates) for name in arguments.methods}
     rows = [
@@ -37,7 +38,7 @@ def main() -> None:
             seed,
             methods,
             budgets=arguments.budgets,
-            attacks=arguments.attacks,
+            attacks=attacks,
             subjects=arguments.subjects,
             models=arguments.models,
             path=arguments.out / "world.jsonl",

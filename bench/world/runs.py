@@ -9,20 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from bench.baselines import BASELINES
-from bench.quality.measuring import Bench, Outcome, Task, copies
+from bench.quality.measuring import Bench, Outcome, Task, controls, copies
 from bench.quality.rows import Rows, plain
 from bench.world.grammar import World
 from bench.world.training import SIZES, VERSION, prepared
 from cir import CIRConfig, EditConfig, EditError, Editor, Subspaces
 from cir.config import BreakingConfig
-from cir.proof.relearning import Relearning
+from cir.proof.relearning import Relearning, strong
 
 RELEARNINGS = {
     "adam": Relearning(lr=1e-4, epochs=6),
     "adam, fast": Relearning(lr=1e-3, epochs=6),
+    "sgd": Relearning("sgd", lr=0.3, epochs=6),
     "lora": Relearning(lr=3e-3, lora_rank=8, epochs=6),
 }
 """Fractions of the rates at which worlds are taught, as :data:`cir.proof.relearning.RELEARNINGS` are of others'."""
+FAMILIES = {
+    "strong": strong((1e-4, 3e-4, 1e-3, 3e-3)),
+    "controls": controls(RELEARNINGS["adam, fast"]),
+}
+"""More, by name: up to the rate at which worlds are taught; and what teaches nothing of the related facts."""
 TEXT, HELD_OUT = 20_000, 16_384
 """Tokens of the retain text, and of the text on which harm is measured."""
 
@@ -72,7 +78,7 @@ def task_of(world: World, gold: Path, attacks: Sequence[str] = tuple(RELEARNINGS
         attacks=tuple(attacks),
         thorough=True,
         gold=str(gold),
-        relearnings=RELEARNINGS,
+        relearnings=RELEARNINGS | FAMILIES["strong"] | FAMILIES["controls"],
         wrong={fact.id: world.wrong_answers(fact) for fact in split.forget},
     )
 

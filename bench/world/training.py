@@ -121,38 +121,51 @@ def prepared(world: World, size: Size, folder: Path, name: str) -> tuple[Path, P
     Raises:
         ValueError: if a model did not learn its world, or gold knows what it was not taught; nothing is kept then.
     """
-    split = world.split
-    made = []
-    for which, facts in (("taught", [*split.forgotten, *split.kept]), ("gold", split.kept)):
-        path = folder / f"{name}-{world.subjects}-{world.seed}-v{VERSION}-{which}"
-        made.append(path)
-        if (path / "learned.json").is_file():
-            continue
-        start = time.perf_counter()
-        model, tokenizer = taught(world, size, facts, world.seed), world.tokenizer()
-        seconds = time.perf_counter() - start
-        found = learned(model, tokenizer, world)
-        known = mean_recall(recall(model, tokenizer, facts)) or 0.0
-        if known < KNOWN:
-            raise ValueError(
-                f"{which}: expected a model that learned its world to a recall of {KNOWN}, got {known:.3f}"
-            )
-        if which == "gold":
-            check_gold(recall(model, tokenizer, split.forgotten))
-        text, entropy = world.text(20_000, seed=1000)
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        about = {
-            "known": known,
-            "recall": found,
-            "loss": text_loss(model, tokenizer, text),
-            "entropy": entropy,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "seconds": seconds,
-            "size": asdict(size),
-        }
-        (path / "learned.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    return made[0], made[1]
+    gold = folder_of(world, folder, name, "gold")
+    known = taught_model(world, size, folder, name)
+    if not (gold / "learned.json").is_file():
+        model, about = _learned(world, size, world.split.kept, "gold")
+        check_gold(recall(model, world.tokenizer(), world.split.forgotten))
+        _save(model, about, world, gold)
+    return known, gold
+
+
+def taught_model(world: World, size: Size, folder: Path, name: str) -> Path:
+    """The folder of a model that was taught all of the world; :func:`prepared` without gold."""
+    path = folder_of(world, folder, name, "taught")
+    if not (path / "learned.json").is_file():
+        _save(*_learned(world, size, [*world.split.forgotten, *world.split.kept], "taught"), world, path)
+    return path
+
+
+def folder_of(world: World, folder: Path, name: str, which: str) -> Path:
+    return folder / f"{name}-{world.subjects}-{world.seed}-v{VERSION}-{which}"
+
+
+def _learned(world: World, size: Size, facts: Sequence[Fact], which: str) -> tuple[Any, dict[str, Any]]:
+    """A model that knows ``facts``, and what is measured of it."""
+    start = time.perf_counter()
+    model, tokenizer = taught(world, size, facts, world.seed), world.tokenizer()
+    seconds = time.perf_counter() - start
+    known = mean_recall(recall(model, tokenizer, facts)) or 0.0
+    if known < KNOWN:
+        raise ValueError(f"{which}: expected a model that learned its world to a recall of {KNOWN}, got {known:.3f}")
+    text, entropy = world.text(20_000, seed=1000)
+    return model, {
+        "known": known,
+        "recall": learned(model, tokenizer, world),
+        "loss": text_loss(model, tokenizer, text),
+        "entropy": entropy,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": seconds,
+        "size": asdict(size),
+    }
+
+
+def _save(model: Any, about: dict[str, Any], world: World, path: Path) -> None:
+    model.save_pretrained(path)
+    world.tokenizer().save_pretrained(path)
+    (path / "learned.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def check_gold(recalls: dict[str, float]) -> None:

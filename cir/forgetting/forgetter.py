@@ -131,6 +131,11 @@ class Forgetter:
         """What is asked of all facts."""
         return [asked for whole in self._whole for asked in whole]
 
+    @property
+    def rate(self) -> float:
+        """The length of a step of relearning, see :data:`RELEARNING_RATES`."""
+        return self._rate
+
     def epoch(
         self,
         on_step: Callable[[], object] = lambda: None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -46,11 +47,13 @@ class Run:
         start: fits what has to be fitted before the first epoch.
         read, ask: given windows of text, their losses, and given facts, their recall, for less than whole forwards;
             None where nothing is saved.
+        chosen: what the run has chosen by itself, see :class:`cir.forgetting.report.Report`.
     """
 
     start: Callable[[], Epoch]
     read: Callable[[Tensor], Losses] | None = None
     ask: Callable[[Sequence[Fact]], Recalls] | None = None
+    chosen: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

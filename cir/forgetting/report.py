@@ -91,6 +91,9 @@ class Report:
     ``unforgotten`` names facts some answer of which was not down to the floor, or would have come back, at the last
     step that was taken: where the collapse leaves little of a fact, it is not to be forgotten within the bounds.
     ``unknown`` names facts that the model did not know to begin with, see :func:`cir.measures.unknown_facts`.
+    ``chosen`` is what the run found by itself, but for the paper's way: ``counterfactuals``, how many sentences near
+    the facts are spared; ``directions_left``, the mean share of its width that the collapse leaves to an update, by
+    kind of site; ``relearning_rate``, the length of the last step of relearning, over the weights' root mean square.
     ``seconds`` is by phase; ``peak_memory`` is bytes, of the GPU where there is one, else of the process;
     ``predicted_memory`` is what was thought beforehand to be needed beyond the weights. ``adapter`` is what was
     written, where the model itself was not to change.
@@ -106,6 +109,7 @@ class Report:
     n_facts: int = 0
     unknown: list[str] = field(default_factory=list)
     unforgotten: list[str] = field(default_factory=list)
+    chosen: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     predicted_memory: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +194,15 @@ class SiteSubspaces(Mapping[str, Subspace]):
             for name, s in self.items()
         }
         return SiteSubspaces(moved, self.mode, self.fitted_on)
+
+    def left(self, sites: Sequence[Site]) -> dict[str, float]:
+        """By kind of site, the mean share of its directions that :meth:`collapse_` leaves, of a ridge's."""
+        shares: dict[str, list[float]] = {}
+        for site in apart(sites):
+            if site.name in self:
+                taken = float(self[site.name].basis.double().square().sum())
+                shares.setdefault(site.kind, []).append(1 - taken / site.width)
+        return {kind: sum(own) / len(own) for kind, own in shares.items()}
 
     def collapse_(self, tokens: dict[str, Tensor], sites: Iterable[Site]) -> dict[str, Tensor]:
         """Collapse rows (T, width), in place, at those of ``sites`` that have a subspace; returns ``tokens``."""

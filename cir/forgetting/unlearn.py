@@ -29,7 +29,7 @@ from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.locate import located
 from cir.forgetting.memory import fits, needed_to_forget, tokens_at_once
 from cir.forgetting.paper import plan_breaking
-from cir.forgetting.plan import Epoch, Plan, Recalls, Run
+from cir.forgetting.plan import Epoch, EpochLosses, Plan, Recalls, Run
 from cir.forgetting.questions import LIKE, Probed, ask, likeness, sentences
 from cir.forgetting.report import Clock, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.forgetting.reread import Reread
@@ -40,7 +40,7 @@ from cir.model.capture import answering
 from cir.model.deltas import with_deltas
 from cir.model.finding import find_stack, unwrapped
 from cir.model.shards import processes_of
-from cir.model.sites import is_opaque
+from cir.model.sites import is_opaque, sites_of
 from cir.system.processes import anywhere, together
 from cir.system.signals import stop_on_signals
 
@@ -209,6 +209,7 @@ def _plan(
     @contextmanager
     def opened(on_step: Callable[[], object], stop: threading.Event) -> Iterator[Run]:
         with answering(model, stack, first) as tape:
+            choices: dict[str, Any] = {}
 
             def start() -> Epoch:
                 at_once = need.tokens
@@ -222,17 +223,25 @@ def _plan(
                     near = counterfactuals(model, tape, tokenizer, own, told, at_once=at_once, seed=config.seed)
                     asked = ask(tape, [*told, *near], at_once)
                     common = fitted(tape, targets, rows, asked, config, at_once=at_once, progress=progress)
+                    choices["counterfactuals"] = len(near)
+                choices["directions_left"] = common.left(sites_of(targets))
                 forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, told, own, at_once=at_once)
                 if first:  # else there are no states that tell of the relation alone
                     _warn_of(facts, likeness(forgetter.asked, told))
-                return lambda number: forgetter.epoch(on_step, stop, followed)
+
+                def epoch(number: int) -> EpochLosses:
+                    losses = forgetter.epoch(on_step, stop, followed)
+                    choices["relearning_rate"] = forgetter.rate
+                    return losses
+
+                return epoch
 
             def recalls(asked: Sequence[Fact]) -> Recalls:
                 return partial(Probed(tape, tokenizer, asked, tokens_at_once(model.device)).recall, tape)
 
             # Letters of multiple-choice questions are compared by the whole model.
             by_letter = any(not fact.probes and fact.choices for fact in facts)
-            yield Run(start, lambda windows: Reread(tape, windows).losses, None if by_letter else recalls)
+            yield Run(start, lambda windows: Reread(tape, windows).losses, None if by_letter else recalls, choices)
 
     epochs = -(-config.max_steps // config.check_every)
     batches = -(-len(facts) // config.batch_size)
@@ -309,7 +318,7 @@ def _run(
                     inside = best.consider(number, losses)
                     if not inside:
                         best.retreat(number, losses)
-                report.unforgotten = [facts[i].id for i in losses.left]
+                report.unforgotten, report.chosen = [facts[i].id for i in losses.left], dict(run.chosen)
                 bar.set_postfix_str(_summary(report.epochs[-1].measure))
                 followers.rounds(report, None if isinstance(config, BreakingConfig) else len(losses.left))
                 if ended := _ended(report, inside, losses.gone, anywhere(followers.asked)):

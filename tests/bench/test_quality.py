@@ -8,7 +8,7 @@ import torch
 
 from bench.baselines import BASELINES
 from bench.quality import measuring, runs
-from bench.quality.measuring import Bench, Outcome, Task, put
+from bench.quality.measuring import Bench, Outcome, Task, hardest, put
 from bench.quality.report import report
 from bench.quality.rows import Rows
 from bench.quality.runs import ABLATIONS, ablate, compare, untouched
@@ -172,4 +172,5 @@ def test_rows_beside_gold_serve_only_the_attacks_they_are_of(tmp_path):
     assert [row["method"] for row in Rows(path, {}, ["a", "b"]).found] == ["plain", "beside"]
     (found,) = Rows(path, {}, ["a"]).found
     assert (found["method"], found["worst"]) == ("plain", 0.1)
+    assert hardest({"control, plain text": 0.9, "b": 0.2, "a": 0.3}) == "a"
     assert Rows(path, {"method": "other"}, []).others == 2

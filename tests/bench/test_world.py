@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench import many
 from bench.quality.measuring import Bench, knowledge
 from bench.world import grammar, runs, training
 from bench.world.grammar import OBJECTS, World
@@ -164,7 +166,68 @@ def test_what_is_known_is_measured_before_and_after_each_attack(world, models):
     assert own.ratios.keys() == own.before.keys()
 
 
+def test_controls_teach_something_else_and_are_no_attack(world, models):
+    names = ["adam, fast", *runs.FAMILIES["controls"]]
+    task = runs.task_of(world, models[1], names)
+    lessons = {name: task.lesson(name) for name in names}
+    assert lessons["adam, fast"] == task.relearn
+    swapped, said, (text,) = (lessons[name] for name in runs.FAMILIES["controls"])
+    for fact, other, reworded in zip(task.relearn, swapped, said, strict=True):
+        own, false = fact.probes[0].target, other.probes[0].target
+        assert own != false
+        assert [s.replace(own, false) for s in fact.sentences] == list(other.sentences) != list(fact.sentences)
+        assert reworded.sentences == (fact.probes[0].prompt + own,)
+    assert len(text.sentences) == sum(len(fact.sentences) for fact in task.relearn)
+    assert all(sentence in world.text(runs.TEXT, seed=1001)[0] for sentence in text.sentences)
+    bench = Bench(str(models[0]), task)
+    row = bench.examine(runs.unchanged(bench))
+    assert row["attacked"].keys() == set(names)
+    assert row["worst"] == row["attacked"]["adam, fast"]
+    assert row["other_answer"] < 0.1
+    assert 0 <= row["linear_probe"] <= 1
+
+
 def test_fields_and_rates_are_changed_where_a_method_has_them():
     cir = runs.changed(runs.METHODS["cir"], {"relearning_steps": 0, "energy": 0.5}, [-2.0])
     assert (cir.config.relearning_steps, cir.rates) == (0, (-2.0,))
     assert runs.changed(runs.METHODS["npo"], {"relearning_steps": 0}) == runs.METHODS["npo"]
+
+
+def test_more_facts_are_those_of_fewer_and_none_is_on_two_sides(world):
+    few, more = many.drawn(world, 3), many.drawn(world, 40)
+    assert more.forget[:3] == few.forget
+    parts = [{fact.id for fact in part} for part in vars(more).values()]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == sum(map(len, world.facts.values()))
+    gone = {fact.id.partition(": ")[0] for fact in more.forget}
+    assert all(fact.id.partition(": ")[0] in gone for fact in more.same_subject)
+    assert not any(fact.id.partition(": ")[0] in gone for fact in more.same_relation)
+    for count in (0, 90):
+        with pytest.raises(ValueError, match=f"counts: expected 1 to 86 of 96 facts, got {count}"):
+            many.drawn(world, count)
+
+
+def test_rows_are_measured_once_and_drawn(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(training.SIZES, "small", SIZE)
+    arguments = ["--size", "small", "--subjects", "8", "--counts", "1", "6", "--one-by-one", "1"]
+    arguments += ["--models", str(models[0].parent), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["many", *arguments])
+    many.main()
+    rows = [json.loads(line) for line in (tmp_path / "many.jsonl").read_text().splitlines()]
+    assert [(row["count"], row["way"]) for row in rows] == [(1, "at once"), (6, "at once"), (1, "one by one")]
+    for row in rows:
+        assert row["recall"] < 0.5 * row["before"]["recall"]
+        assert (row["attacked"] is None) == (row["count"] == 1)
+    assert 0 < rows[1]["directions_left"]["gradient"] < 1
+    first = capsys.readouterr().out
+    many.main()
+    assert capsys.readouterr().out == first
+    assert len((tmp_path / "many.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "many.png").read_bytes().startswith(b"\x89PNG")
+    assert "6 at once: recall 0." in first
+
+
+def test_a_world_that_is_too_small_is_refused_before_a_model_is_taught(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["many", "--subjects", "8", "--counts", "90", "--models", str(tmp_path)])
+    with pytest.raises(ValueError, match="counts: expected 1 to 86"):
+        many.main()
+    assert not list(tmp_path.iterdir())

@@ -117,6 +117,16 @@ def test_ridge_of_a_sketch_counts_what_it_leaves_out_as_unused(count):
     torch.testing.assert_close(got[:, :8].norm(dim=0), want[:, :8].norm(dim=0), rtol=0.1, atol=0)
 
 
+def test_directions_left_are_the_trace_of_what_collapse_does():
+    x = rows()
+    source = stream(12, mode="ridge", ridge_activation=0.3)
+    source.observe({"s": x})
+    solved = source.solve()
+    left = solved["s"].collapse_(torch.eye(12)).trace() / 12
+    assert solved.left([SITE, Site("other", 12, "gradient")]) == {"activation": pytest.approx(float(left), abs=1e-6)}
+    assert 0.1 < left < 0.9
+
+
 def test_ridge_of_rows_without_length_leaves_all():
     zeros = torch.zeros(5, 12)
     source = SubspaceStream([SITE], rank_activation=4, rank_gradient=1, mode="ridge", ridge_activation=0.3)

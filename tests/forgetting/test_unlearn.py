@@ -20,7 +20,7 @@ from cir.config import CIRConfig
 from cir.data.facts import load_facts
 from cir.data.shipped import builtin_contrast
 from cir.forgetting import counterfactuals
-from cir.forgetting.forgetter import Forgetter
+from cir.forgetting.forgetter import RELEARNING_RATES, Forgetter
 from cir.forgetting.update import NonFiniteError
 from cir.model.finding import find_stack
 from tests.forgetting.test_breaking import CONFIG as PAPER
@@ -52,6 +52,9 @@ def test_forgets_the_facts_keeps_the_contrast_and_reports_what_is_so(model, toke
     unchanged(model, weights=False)
     assert report.stopped == "forgotten"
     assert not report.unforgotten
+    assert report.chosen["counterfactuals"] > 0
+    assert RELEARNING_RATES[0] <= report.chosen["relearning_rate"] <= RELEARNING_RATES[1]
+    assert report.chosen["directions_left"].keys() == {"activation", "gradient"}
     assert report.before.mean_recall > 0.9
     assert report.after.mean_recall < 0.03
     assert report.after.mean_recall == pytest.approx(cir.evaluate(model, tokenizer, GO).mean_recall, rel=1e-4)
