@@ -81,6 +81,7 @@ def at_once(model: Any, tokenizer: Any, draw: Draw, text: str, measured: str) ->
         retain=text,
         disruption=measured,
         config=CIRConfig(budget=BUDGET),
+        on_signal="raise",
         progress=False,
     )
     return {"stopped": report.stopped, "unforgotten": len(report.unforgotten), **report.chosen}

@@ -80,7 +80,7 @@ def run(
     model, tokenizer = load_model(demo_model(), device="cpu")
     rows = torch.cat([windows(tokenizer, text, WINDOW) for text in texts])
     before = token_losses(model, rows)
-    report = cir.unlearn(model, tokenizer, facts, contrast=contrast, retain=retain, config=config)
+    report = cir.unlearn(model, tokenizer, facts, contrast=contrast, retain=retain, config=config, on_signal="raise")
     after = token_losses(model, rows)
     near = tokenizer([sentence for fact in facts for sentence in fact.sentences])["input_ids"]
     found = []

@@ -107,7 +107,9 @@ def main() -> None:
             restore(targets, originals)
             rounded = Rounded(rounding)
             with rounded.used():
-                after = cir.unlearn(model, tokenizer, facts, **texts, config=config, progress=False).after
+                after = cir.unlearn(
+                    model, tokenizer, facts, **texts, config=config, on_signal="raise", progress=False
+                ).after
             row = {
                 "bench": "rounding",
                 "rounding": rounding or "float32",

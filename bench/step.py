@@ -182,7 +182,7 @@ class Run:
         if form in ("ours", "saving"):
             options = {"retain": self.retain, "disruption": self.disruption, "config": self.config}
             options["offload"] = "always" if form == "saving" else "never"
-            cir.unlearn(self.model, self.tokenizer, self.facts, **options, progress=False)
+            cir.unlearn(self.model, self.tokenizer, self.facts, **options, on_signal="raise", progress=False)
             return
         batches = fact_batches(self.tokenizer, self.facts, self.config, self.device)
         retain, rows = text_batches(self.tokenizer, self.retain, self.disruption, self.config, self.device)
@@ -231,6 +231,7 @@ class Run:
             retain=self.retain,
             disruption=self.disruption,
             config=config,
+            on_signal="raise",
             progress=False,
         )
 

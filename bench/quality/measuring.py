@@ -222,6 +222,7 @@ class Bench:
                 retain=self.task.retain,
                 disruption=self.task.disruption,
                 config=config,
+                on_signal="raise",  # or an interrupted run would be a row
                 progress=False,
             )
             state = copies(self.model.parameters())

@@ -8,7 +8,7 @@ from typing import Any
 import bench.world
 from bench.records import ROOT
 from bench.world.report import table
-from bench.world.runs import FAMILIES, METHODS, RELEARNINGS, changed, compare
+from bench.world.runs import ATTACKS, FAMILIES, METHODS, RELEARNINGS, changed, compare
 from bench.world.training import SIZES
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of the configurations of ours")
     parser.add_argument("--rates", type=float, nargs="+", help="tried instead of each method's own")
     parser.add_argument("--subjects", type=int, default=20, help="of each kind (default: %(default)s)")
-    parser.add_argument("--attacks", nargs="+", choices=[*RELEARNINGS, *FAMILIES], default=list(RELEARNINGS))
+    parser.add_argument("--attacks", nargs="+", choices=[*RELEARNINGS, *FAMILIES], default=list(ATTACKS))
     parser.add_argument("--models", type=Path, default=ROOT / "worlds", help="where models are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     arguments = parser.parse_args()

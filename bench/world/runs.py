@@ -24,6 +24,8 @@ RELEARNINGS = {
     "lora": Relearning(lr=3e-3, lora_rank=8, epochs=6),
 }
 """Fractions of the rates at which worlds are taught, as :data:`cir.proof.relearning.RELEARNINGS` are of others'."""
+ATTACKS = ("adam", "adam, fast", "lora")
+"""What is tried if nothing else is said: SGD brings back less than these."""
 FAMILIES = {
     "strong": strong((1e-4, 3e-4, 1e-3, 3e-3)),
     "controls": controls(RELEARNINGS["adam, fast"]),
@@ -56,7 +58,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def task_of(world: World, gold: Path, attacks: Sequence[str] = tuple(RELEARNINGS)) -> Task:
+def task_of(world: World, gold: Path, attacks: Sequence[str] = ATTACKS) -> Task:
     """To forget, keep and measure in ``world``, whose model without what is to be forgotten is at ``gold``.
 
     Every other fact of the same relations, and of the same subjects, is what cir and the editor are told must stay;

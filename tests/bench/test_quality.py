@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from bench.quality.runs import ABLATIONS, ablate, compare, untouched
 from cir import CIRConfig
 from cir.data.facts import load_facts
 from cir.forgetting import counterfactuals
+from cir.forgetting.forgetter import Forgetter
 from cir.forgetting.report import Measure
 from cir.measures import mean_recall
 from tests.tiny import TEXT, facts, knowing_llama, word_tokenizer
@@ -74,6 +77,17 @@ def test_every_method_ends_inside_the_budget_and_no_row_is_measured_twice(bench,
     assert "graddiff" in page
     assert f"{written[0]['recall']:.3f}" in page
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_signal_ends_the_bench_and_not_only_the_run(bench, monkeypatch):
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = [parameter.detach().clone() for parameter in bench.model.parameters()]
+    monkeypatch.setattr(Forgetter, "apply", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench.forget_with(SMALL)
+    assert all(map(torch.equal, bench.model.parameters(), before))
 
 
 def test_what_is_told_to_stay_stays(bench, monkeypatch):
