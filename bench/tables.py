@@ -15,21 +15,27 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench.quality.measuring import hardest
 from bench.records import ROOT
+from bench.world.runs import ATTACKS
 from cir.measures import estimate
 
-DOCS = tuple(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "trust"))
+DOCS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "trust")))
 RESULTS = ROOT / "bench" / "results"
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 TEN, TWENTY_NINE, ALL = "1e952f445a45", "ca2aa8f2471f", "6574aa983c6e"
 """Hashes of what is forgotten: V; V and 19 of T; V and T."""
+STRONG_COMMIT, NOW = "4e2d9a5", {TEN: "5ee6ffc", TWENTY_NINE: "c73691a"}
+"""Commits of the rows under strong attacks, and of those of the defaults as they are."""
 OURS: list[tuple[str, dict[str, Any]]] = [
-    ("**V**", {"facts": TEN, "commit": "5eb085c"}),
+    ("**V**", {"facts": TEN, "commit": NOW[TEN]}),
+    ("**V and the other 19**", {"facts": TWENTY_NINE, "commit": NOW[TWENTY_NINE]}),
+    ("V, no counterfactuals", {"facts": TEN, "commit": "5eb085c"}),
     ("V, all directions, doses of one nat", {"facts": TEN, "commit": "56e6d4e", "seed": 0}),
     ("the same, seed 1", {"facts": TEN, "commit": "56e6d4e", "seed": 1}),
     ("V, relearning in 5 shorter steps", {"facts": TEN, "commit": "ec14fef"}),
     ("V and the other 19, no window above 0.05", {"facts": TWENTY_NINE, "commit": "56e6d4e"}),
-    ("**V and the other 19**", {"facts": TWENTY_NINE, "commit": "5eb085c"}),
+    ("V and the other 19, no counterfactuals", {"facts": TWENTY_NINE, "commit": "5eb085c"}),
     ("the same, all directions, doses of one nat", {"facts": TWENTY_NINE, "commit": "5d9ec1d"}),
     ("all 49, no window above 0.05", {"facts": ALL, "commit": "56e6d4e"}),
 ]
@@ -52,6 +58,9 @@ EIGHT_B: list[tuple[str, dict[str, Any]]] = [
     ("", {"task": "W1", "form": "eager", "commit": "3b15fdf"}),
     ("the paper's way, the upper weights on the host", {"task": "W1", "form": "saving", "commit": "244feaf"}),
 ]
+EVERY = 3
+"""Steps between two looks of a strong attack."""
+OVER = {"mlps": "MLPs", "all": "all parameters"}
 WORLD_VERSION = 3
 WORLD = {
     "untouched": "untouched",
@@ -86,11 +95,9 @@ def rows_of(name: str, **wanted: Any) -> list[dict[str, Any]]:
 
 
 def ours() -> list[list[str]]:
-    head = ["", "commit", "text (worst window, nats)", "KL (nats)", "V", "fast attack", "LoRA", "4 bits, few-shot"]
-    head += ["contrast", "other 19 capitals", "unseen, same countries"]
-    # The attack on a model that nothing was done to is the same whatever is to be forgotten.
-    attacked = found("quality", method="untouched", facts=ALL)["attacked"]
-    pairs = [("untouched", {**found("quality", method="untouched", facts=TEN), "attacked": attacked})]
+    head = ["", "commit", "text (worst window, nats)", "KL (nats)", "V", "fast attack", "LoRA", "SGD"]
+    head += ["4 bits, few-shot", "contrast", "other 19 capitals", "unseen, same countries"]
+    pairs = [("untouched", found("quality", method="untouched", facts=TEN, commit=NOW[TEN]))]
     pairs += [(label, found("quality", method="cir", **wanted)) for label, wanted in OURS]
     return [head, *(_quality(label, row) for label, row in pairs)]
 
@@ -107,6 +114,7 @@ def _quality(label: str, row: dict[str, Any]) -> list[str]:
         _share(row["recall"]),
         _share(attacked.get("adam, fast")),
         _share(attacked.get("lora")),
+        _share(attacked.get("sgd")),
         f"{_share(row['quantized_4bit'])}, {_share(row['few_shot'])}",
         "" if row["facts"] == ALL else _share(row.get("contrast")),
         "forgotten" if forgotten else _share(row["neighbours"]),
@@ -115,11 +123,45 @@ def _quality(label: str, row: dict[str, Any]) -> list[str]:
 
 
 def strong() -> list[list[str]]:
-    head = ["Adam over all parameters, a hundred steps, the best of a look every three", "untouched", "V forgotten"]
-    rows = [found("quality", method=method, facts=TEN, commit="4e2d9a5") for method in ("untouched", "cir")]
-    names = [name for name in rows[1]["attacked"] if name.startswith("strong")]
-    lines = [[f"rate {name.split(', ')[1]}", *(_share(row["attacked"].get(name)) for row in rows)] for name in names]
-    return [head, ["before", *(_share(row["recall"]) for row in rows)], *lines]
+    """The hundred steps of each rate: the most that comes back, and how many steps bring back half of what the
+    untouched model recalls.
+    """
+    head = ["Adam at", "over", "untouched, at most", "V forgotten", "left of that", "steps to half of it"]
+    rows = [found("quality", method=method, facts=TEN, commit=STRONG_COMMIT) for method in ("untouched", "cir")]
+    half = rows[0]["recall"] / 2
+    lines = []
+    for name in (name for name in rows[1]["attacked"] if name.startswith("strong")):
+        _, rate, over = name.split(", ")
+        most, left = (row["attacked"][name] for row in rows)
+        looks = rows[1]["relearning"][name][1:]
+        reached = next((min(EVERY * number, 100) for number, now in enumerate(looks, 1) if now >= half), None)
+        steps = "never" if reached is None else str(reached)
+        lines.append([rate, OVER[over], _share(most), _share(left), f"{left / most:.0%}", steps])
+    return [head, *lines]
+
+
+def controls() -> list[list[str]]:
+    """What brings V back that tells nothing of the related facts, or tells them in other words."""
+    rows = [found("quality", method=method, facts=TEN, commit=NOW[TEN]) for method in ("untouched", "cir")]
+    lines = [["taught", "untouched", "V forgotten"]]
+    lines += [["nothing", *(_share(row["recall"]) for row in rows)]]
+    for name in ("adam, fast", *(name for name in rows[1]["attacked"] if name.startswith("control"))):
+        label = "the related facts" if name == "adam, fast" else name.removeprefix("control, ")
+        lines.append([label, *(_share(row["attacked"][name]) for row in rows)])
+    return lines
+
+
+def many() -> list[list[str]]:
+    """The latest row of each number of facts."""
+    head = ["facts", "how", "text", "recall", "attacked", "told", "same subjects", "other facts", "seconds a fact"]
+    lines = [[*head, "directions left, of activations and gradients"]]
+    latest = {(row["way"], row["count"]): row for row in rows_of("many", version=WORLD_VERSION)}
+    for (way, count), row in sorted(latest.items()):
+        recalls = (_share(row[name]) for name in ("recall", "attacked", "told", "same_subject", "same_relation"))
+        left = row.get("directions_left")
+        shares = "" if left is None else f"{left['activation']:.0%}, {left['gradient']:.0%}"
+        lines.append([str(count), way, f"{row['rise']:+.2%}", *recalls, f"{row['seconds_a_fact']:.2f}", shares])
+    return lines
 
 
 def baselines() -> list[list[str]]:
@@ -196,13 +238,58 @@ def world() -> list[list[str]]:
     lines = []
     larger = [(size, name) for size in ("8m", "30m") for name in ("untouched", "cir")]
     for size, name in [*(("2m", name) for name in WORLD), *larger]:
-        own = _latest(rows_of("world", size=size, version=WORLD_VERSION, changes={}, method=name))
+        own = _seeds(size, name)
         seeds = ", ".join(map(str, sorted(row["seed"] for row in own)))
         rise = "" if name == "untouched" else f"{sum(row['rise'] for row in own) / len(own):+.2%}"
         window = "" if name == "untouched" else f"{max(row['worst_window'] for row in own):.2f}"
         means = (_mean([row.get(column) for row in own]) for column in columns)
         lines.append([WORLD[name], size, seeds, rise, window, *means])
     return [head, *lines]
+
+
+def shown() -> list[list[str]]:
+    """The README's: what is forgotten, what an attacker gets of it, and what stays."""
+    head = ["", "recall", "after the worst attack", "nothing forgotten, attacked", "of the same relation stay"]
+    lines = [[*head, "about the same subjects", "text"]]
+    untouched = found("quality", method="untouched", facts=TEN, commit=NOW[TEN])
+    attacked = untouched["attacked"][hardest(untouched["attacked"])]
+    for label, facts in (("SmolLM2, ten capitals", TEN), ("29 capitals", TWENTY_NINE)):
+        row = found("quality", method="cir", facts=facts, commit=NOW[facts])
+        kept = "" if facts == TWENTY_NINE else _part(row["neighbours"], untouched["neighbours"])
+        subject = _part(row["same_subject"], untouched["same_subject"])
+        figures = _share(row["recall"]), _share(row["worst"]), _share(attacked)
+        lines.append([label, *figures, kept, subject, f"{row['rise']:+.2%}"])
+    for size, label in (("2m", "worlds of 2 million parameters"), ("8m", "of 8 million"), ("30m", "of 30 million")):
+        before, own = (_seeds(size, name) for name in ("untouched", "cir"))
+        lines.append([f"{len(own)} {label}", *_world_figures(before, own)])
+    baselines = {name: _seeds("2m", name) for name in WORLD if name not in ("untouched", "cir", "editor")}
+    sparing = {name: own for name, own in baselines.items() if _average(own, "neighbours") > 0.9}
+    best = min(sparing, key=lambda name: _average(sparing[name], "worst"))
+    before = _seeds("2m", "untouched")
+    lines.append(
+        [f"there the best baseline that spares the relation, {WORLD[best]}", *_world_figures(before, sparing[best])]
+    )
+    return lines
+
+
+def _world_figures(before: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> list[str]:
+    before = [row for row in before if row["seed"] in {row["seed"] for row in own}]
+    shares = [_share(_average(own, "recall")), _share(_average(own, "worst")), _share(_average(before, "worst"))]
+    kept = [_part(_average(own, name), _average(before, name)) for name in ("neighbours", "same_subject")]
+    return [*shares, *kept, f"{_average(own, 'rise'):+.2%}"]
+
+
+def _seeds(size: str, method: str) -> list[dict[str, Any]]:
+    given = {"version": WORLD_VERSION, "changes": {}, "attacks": list(ATTACKS)}
+    return _latest(rows_of("world", size=size, method=method, **given))
+
+
+def _average(rows: Sequence[dict[str, Any]], column: str) -> float:
+    return sum(row[column] for row in rows) / len(rows)
+
+
+def _part(now: float, before: float) -> str:
+    return f"{now / before:.0%}"
 
 
 def _latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -219,7 +306,8 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 TABLES: dict[str, Callable[[], list[list[str]]]] = {
-    function.__name__: function for function in (ours, strong, baselines, cpu, small, eight_b, world)
+    function.__name__: function
+    for function in (ours, strong, controls, baselines, cpu, small, eight_b, world, many, shown)
 }
 
 
