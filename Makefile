@@ -19,7 +19,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu
 
-# What takes longer than `make test` may: the whole SmolLM2 runs, a world of invented facts, seven methods side by side.
+# What takes longer than `make test` may: the whole SmolLM2 runs, a world of invented facts, all methods side by side.
 quality: $(VENV)/.installed
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -m quality
 	$(BIN)/python -m bench.world --out quality

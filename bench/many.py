@@ -34,6 +34,7 @@ TOLD = 100
 """Facts of which is said that they must stay, at most half of those that do."""
 BUDGET = 0.01
 ATTACK = "adam, fast"
+FIGURES = ("recall", "attacked", "told", "same_subject", "same_relation")
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,6 @@ def main() -> None:
         print(f"{count} {way}: {figures}, text {row['rise']:+.2%}, {row['seconds']:.0f} s", flush=True)
     plot(rows, arguments.out / "many.png")
 
-
-FIGURES = ("recall", "attacked", "told", "same_subject", "same_relation")
 
 if __name__ == "__main__":
     main()

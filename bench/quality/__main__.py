@@ -17,8 +17,7 @@ from cir.forgetting.report import hash_facts
 from cir.model.checkpoints import demo_model
 from cir.proof.relearning import RELEARNINGS, STRONG
 
-CONTROLS = controls(RELEARNINGS["adam, fast"])
-FAMILIES = {"strong": list(STRONG), "controls": list(CONTROLS)}
+FAMILIES = {"strong": list(STRONG), "controls": list(controls(RELEARNINGS["adam, fast"]))}
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--attacks",
         nargs="+",
-        choices=[*RELEARNINGS, *STRONG, *CONTROLS, *FAMILIES],
+        choices=[*RELEARNINGS, *STRONG, *FAMILIES["controls"], *FAMILIES],
         default=list(RELEARNINGS),
         help="strong, controls: all of these",
     )

@@ -87,13 +87,17 @@ class Task:
 
 
 def permuted(facts: Sequence[Fact]) -> list[Fact]:
-    """Each with the answer of the next that has another, in its sentences too; those without probes are left out."""
+    """Each with the answer of the next that has another, in its sentences too; left out are those without probes, and
+    all where none has another.
+    """
     asked = [fact for fact in facts if fact.probes]
     found = []
     for number, fact in enumerate(asked):
         own = fact.probes[0].target
         following = (later.probes[0].target for later in [*asked[number:], *asked[:number]])
-        other = next((target for target in following if target != own), own)
+        other = next((target for target in following if target != own), None)
+        if other is None:
+            continue
         sentences = tuple(sentence.replace(own.strip(), other.strip()) for sentence in fact.sentences)
         probes = tuple(replace(probe, target=other) for probe in fact.probes)
         found.append(replace(fact, sentences=sentences, probes=probes))
@@ -140,12 +144,12 @@ class Knowledge:
     """What a model recalls of the probed facts, before and under attack, and their truth ratios.
 
     ``others``: by attack, the mean probability of another answer of the set in the place of each, in step with
-    ``histories``.
+    ``histories``; None where there is no other.
     """
 
     histories: Histories
     ratios: dict[str, float]
-    others: dict[str, list[float]]
+    others: dict[str, list[float | None]]
 
     @property
     def before(self) -> dict[str, float]:
@@ -327,16 +331,17 @@ class Bench:
 
 def knowledge(model: Any, tokenizer: Any, task: Task) -> Knowledge:
     """Of the probed facts of ``task``; the model ends as it came in."""
-    others = {f"{fact.id}, another": replace(fact, id=f"{fact.id}, another") for fact in permuted(task.probe)}
+    others = [replace(fact, id=f"{fact.id}, another") for fact in permuted(task.probe)]
+    names = {fact.id for fact in others}
     histories: Histories = {}
-    another: dict[str, list[float]] = {}
+    another: dict[str, list[float | None]] = {}
     for name in task.attacks:
         settings = asdict(task.relearnings[name])
-        probe = [*task.probe, *others.values()]
-        looks = relearn(model, tokenizer, task.lesson(name), probe, **settings, progress=False)
-        another[name] = [mean_recall({key: look[key] for key in others if key in look}) or 0.0 for look in looks]
-        histories[name] = [{key: value for key, value in look.items() if key not in others} for look in looks]
-    return Knowledge(histories, truth_ratios(model, tokenizer, task.probe, task.wrong) if task.wrong else {}, another)
+        looks = relearn(model, tokenizer, task.lesson(name), [*task.probe, *others], **settings, progress=False)
+        another[name] = [mean_recall({key: value for key, value in look.items() if key in names}) for look in looks]
+        histories[name] = [{key: value for key, value in look.items() if key not in names} for look in looks]
+    ratios = truth_ratios(model, tokenizer, task.probe, task.wrong) if task.wrong else {}
+    return Knowledge(histories, ratios, another)
 
 
 def beside(own: Knowledge, gold: Knowledge) -> dict[str, Any]:

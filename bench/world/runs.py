@@ -25,7 +25,7 @@ RELEARNINGS = {
 }
 """Fractions of the rates at which worlds are taught, as :data:`cir.proof.relearning.RELEARNINGS` are of others'."""
 ATTACKS = ("adam", "adam, fast", "lora")
-"""What is tried if nothing else is said: SGD brings back less than these."""
+"""What is tried if nothing else is said: SGD brings back less than the strongest of these."""
 FAMILIES = {
     "strong": strong((1e-4, 3e-4, 1e-3, 3e-3)),
     "controls": controls(RELEARNINGS["adam, fast"]),

@@ -10,7 +10,7 @@ import torch
 
 from bench.baselines import BASELINES
 from bench.quality import measuring, runs
-from bench.quality.measuring import Bench, Outcome, Task, hardest, put
+from bench.quality.measuring import Bench, Outcome, Task, hardest, permuted, put
 from bench.quality.report import report
 from bench.quality.rows import Rows
 from bench.quality.runs import ABLATIONS, ablate, compare, untouched
@@ -77,6 +77,14 @@ def test_every_method_ends_inside_the_budget_and_no_row_is_measured_twice(bench,
     assert "graddiff" in page
     assert f"{written[0]['recall']:.3f}" in page
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_are_permuted_where_there_is_another():
+    first, second = TASK.probe[:2]
+    (one, other) = permuted([first, second])
+    assert [one.probes[0].target, other.probes[0].target] == [second.probes[0].target, first.probes[0].target]
+    assert permuted([first, replace(first, id="the same")]) == []
+    assert permuted([replace(first, probes=())]) == []
 
 
 def test_a_signal_ends_the_bench_and_not_only_the_run(bench, monkeypatch):
