@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/cir demo
 
+# Where a process of tests dies, no other is started in its place: pytest-xdist may then wait for ever.
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --cov
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --cov
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
 from dataclasses import FrozenInstanceError, asdict, replace
 
@@ -32,7 +31,7 @@ def model(knowing):
 
 
 def kill(number):
-    return lambda event: os.kill(os.getpid(), number)
+    return lambda event: signal.raise_signal(number)
 
 
 def fail_at(count):
@@ -119,7 +118,7 @@ def test_an_exception_of_a_callback_leaves_the_model_as_it_came(model, tokenizer
 def test_a_signal_is_returned_or_raised_in_the_best_state_so_far(tokenizer, knowing, number, answer):
     def third(event):
         if event.step == 3:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             return answer
         return None
 

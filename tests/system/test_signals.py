@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import threading
 
@@ -12,7 +11,7 @@ from tests.faults.interrupts import lines
 
 
 def send(number=signal.SIGINT):
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
 
 
 @pytest.fixture(autouse=True)
