@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,23 +14,22 @@ from torch import Tensor
 
 from cir.config import CIRConfig
 from cir.data.facts import Fact
-from cir.forgetting.memory import tokens_of_a_step
+from cir.forgetting.doses import doses, gram, told_apart
+from cir.forgetting.memory import ROWS_OF_A_FACT, tokens_of_a_step
+from cir.forgetting.mending import Kept
 from cir.forgetting.plan import EpochLosses
 from cir.forgetting.questions import Questions, Rows, Sentence, ask, joined, peers, sentences
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, add_outer, norm_of, phase, restore, sign_step, sizes, snapshot
 from cir.model.capture import AnswerCapture, Tokens
 from cir.model.replay import Replays
-from cir.model.sites import Site, Target, names_of, sites_of
-from cir.model.taps import hit
+from cir.model.sites import Target, names_of, sites_of
 from cir.system.processes import anywhere
 
 LEAST_FALL = 2.0
 """Nats by which an answer has to fall that was not likely to begin with."""
 LEAST_DOSE = 0.5
 """Nats of a dose where less than that is left to go: the first order is not all, and gone is below the floor."""
-GRAM_ENTRIES = 2**24
-"""Of rows that inner products are formed of at once, in float64."""
 FEW = 0.05
 """Of the facts of a batch, that may come back in the last step."""
 RELEARNING_RATES = 1.5e-3, 5e-2
@@ -44,12 +43,14 @@ nats short of it for which they lengthen e-fold; and by how much they do so or s
 class Step:
     """What a step adds to the weights: G^T A of these ``tokens`` at every target.
 
-    ``odds``: mean log-odds of the answers before it. ``live``: how many were not gone.
+    ``odds``: mean log-odds of the answers before it. ``live``: how many were not gone. ``lengths``: (T,) of the parts
+    that the rows add, see :func:`told_apart`.
     """
 
     tokens: Tokens
     odds: float = 0.0
     live: int = 0
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Forgetter:
         config: see :class:`CIRConfig`.
         contrast: what is told of facts that must stay, of which the most alike are relearned where a fact is alone in
             its step.
-        told: what ``facts`` tell, if they were read.
+        told: what ``facts`` tell, if they were read. kept: what has to stay, see :meth:`mend`.
         at_once: tokens of a step in one forward and backward; by default what suits the device.
         replays: of earlier steps on the model, if any.
     """
@@ -94,6 +95,7 @@ class Forgetter:
         config: CIRConfig,
         contrast: Sequence[Sentence] = (),
         told: Sequence[Sentence] = (),
+        kept: Sequence[Sentence] = (),
         at_once: int | None = None,
         replays: Replays | None = None,
     ) -> None:
@@ -111,6 +113,7 @@ class Forgetter:
         self._left: dict[int, set[int]] = {}
         self._before: dict[int, Tensor] = {}
         self._lessons: dict[int, list[Lesson]] = {}
+        self._kept = Kept(tape, kept, at_once, config.seed) if kept else None
         order = list(range(len(facts)))
         self._random.shuffle(order)
 
@@ -168,6 +171,7 @@ class Forgetter:
                 gone &= not self._left[number]
                 if self._left[number]:
                     self.apply(step)
+                    self.mend(step)
                 on_step()
                 if told is not None:
                     told(number, step.odds, len(self._facts_left()))
@@ -212,13 +216,25 @@ class Forgetter:
         self._left[number] = set(rows.owners[known > 0].tolist()) | (set() if few else returned)
         if not len(kept):
             return Step({}, mean, 0)
-        return Step(self._dosed(rows[kept], left[kept]), mean, len(kept))
+        tokens, lengths = self._dosed(rows[kept], left[kept])
+        return Step(tokens, mean, len(kept), lengths)
 
     def apply(self, step: Step, scale: float = 1.0) -> None:
         """Add ``scale`` times a step to the weights."""
         self._updates += 1
         with phase("update"):
             add_outer(self._targets, step.tokens, scale, self._config.rounding, self._updates, self._remainders)
+
+    def mend(self, after: Step) -> None:
+        """Raise what has to stay and has fallen, by a step of the other sign; but not what is one with facts of the
+        step ``after`` which this comes, as they go first.
+        """
+        if self._kept is None:
+            return
+        with phase("mend"):
+            fallen = self._kept.fallen(self._written, ROWS_OF_A_FACT * self._config.batch_size, self._replays)
+        if fallen is not None:
+            self.apply(Step(self._dosed(*fallen, apart=after)[0]), -1.0)
 
     def _ask(self, facts: Iterable[Sequence[Sentence]]) -> list[Questions]:
         return ask(self._tape, [sentence for fact in facts for sentence in fact], self._at_once)
@@ -289,83 +305,32 @@ class Forgetter:
             lengths = [self._rate * size for size in self._sizes]
             sign_step(self._tape.mlps, tokens, lengths, self._updates)
 
-    def _dosed(self, rows: Rows, left: Tensor) -> Tokens:
-        """The rows collapsed, those of each fact scaled to its dose, which is no more than what is ``left`` to go."""
+    def _dosed(self, rows: Rows, left: Tensor, apart: Step | None = None) -> tuple[Tokens, Tensor]:
+        """The rows collapsed, those of each fact scaled to its dose, which is no more than what is ``left`` to go, or
+        to nothing where they cannot be told ``apart`` from that step's; and the lengths of the parts they add.
+        """
         config = self._config
         with phase("collapse, dose"):
             sites = sites_of(self._targets)
             collapsed = self._common.collapse_({name: rows.tokens[name].clone() for name in names_of(sites)}, sites)
+            effects = gram(self._targets, rows.tokens, collapsed)
+            lengths = effects.diagonal().clamp_min(0).sqrt()
             scale = doses(
                 rows.owners,
-                _gram(self._targets, rows.tokens, collapsed),
-                _gram(self._targets, collapsed, collapsed),
+                effects,
+                gram(self._targets, collapsed, collapsed),
                 left.clamp(min(LEAST_DOSE, config.dose), config.dose),
                 config.max_change * self._weight,
             )
             if not torch.isfinite(scale).all():
                 raise NonFiniteError("expected finite gradients, got NaN or infinity; no weight was changed")
+            if apart is not None and apart.lengths is not None:
+                along = gram(self._targets, rows.tokens, apart.tokens)
+                scale = scale.where(told_apart(along, lengths, apart.lengths), 0)
             for site in sites:
                 if site.kind == "gradient":
                     collapsed[site.name] *= scale[:, None].to(collapsed[site.name])
-            return collapsed
-
-
-def doses(owners: Tensor, effects: Tensor, lengths: Tensor, dose: Tensor, longest: float) -> Tensor:
-    """The scale (T,) of each fact's rows, the same for all of a fact.
-
-    With dW = c sum_t G'_t^T A'_t over the rows t of a fact, its row t changes by c sum_u effects[t, u], to first
-    order. c is such that the mean over t is that of -``dose``, or ||dW|| is ``longest`` where that is less; 0 where
-    the collapse has left nothing of a fact.
-
-    Args:
-        owners: (T,) number of the fact of each row. dose: (T,) in nats.
-        effects, lengths: (T, T) sums over all linears of (G_t . G'_u) (A_t . A'_u) and (G'_t . G'_u) (A'_t . A'_u).
-    """
-    facts, place = owners.unique(return_inverse=True)
-    place = place.to(effects.device)
-    same = place[:, None] == place
-    effect, squared, wanted = (
-        effects.new_zeros(len(facts)).index_add_(0, place, rows.to(effects))
-        for rows in ((effects * same).sum(1), (lengths * same).sum(1), dose)
-    )
-    scale = torch.minimum(wanted / effect, longest * squared.clamp_min(0).rsqrt())
-    return -torch.where((effect <= 0) | (squared <= 0), torch.zeros_like(scale), scale)[place]
-
-
-def _gram(targets: Sequence[Target], left: Tokens, right: Tokens) -> Tensor:
-    """(T, T) float64: the inner products of the rows' outer products, over all targets."""
-    total: Any = 0
-    device = targets[0].weight.device
-    sites = sites_of(targets)
-    grams = _grams([site.name for site in sites if not site.experts], left, right)
-    grams |= {site.name: _gram_by_expert(site, left, right) for site in sites if site.experts}
-    for target in targets:
-        total = total + grams[target.gradient.name].to(device) * grams[target.activation.name].to(device)
-    return total
-
-
-def _grams(names: Collection[str], left: Tokens, right: Tokens) -> Tokens:
-    """(T, T) float64 of each site; those of one width in few launches."""
-    alike: dict[tuple[int, torch.device], list[str]] = {}
-    for name in names:
-        alike.setdefault((left[name].shape[1], left[name].device), []).append(name)
-    found: Tokens = {}
-    for same in alike.values():
-        few = max(1, GRAM_ENTRIES // max(left[same[0]].numel(), 1))
-        for names in (same[i : i + few] for i in range(0, len(same), few)):
-            stacks = [torch.stack([rows[name] for name in names]).double() for rows in (left, right)]
-            found |= dict(zip(names, stacks[0] @ stacks[1].mT, strict=True))
-    return found
-
-
-def _gram_by_expert(site: Site, left: Tokens, right: Tokens) -> Tensor:
-    """(T, T) float64: of each two tokens the sum over the experts that both are routed to."""
-    routes = left[site.routes]
-    total = torch.zeros(len(routes), len(routes), dtype=torch.float64, device=routes.device)
-    for _, of, places in hit(routes, site.experts):
-        a, b = (rows[site.name].flatten(0, 1)[places].double() for rows in (left, right))
-        total.index_put_((of[:, None], of), a @ b.T, accumulate=True)
-    return total
+            return collapsed, lengths * scale.abs()
 
 
 def _replaced(now: Rows, then: Rows, floors: Tensor, returned: float) -> tuple[Rows, Tensor, Tensor]:

@@ -26,6 +26,10 @@ ROOMY = 2
 """Times as many tokens of a step where a GPU has room for twice what that takes: larger products, fewer launches."""
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
 """What configurations call the number of experts that a token is routed to."""
+ROWS_OF_A_FACT = 4
+"""Tokens of a step that tell one, about."""
+KEPT = 2**14
+"""Tokens of contrast facts and of counterfactuals, about."""
 LEAST_AT_ONCE = 32
 """A sentence: no step is made smaller."""
 HIDDEN_KEPT, INNER_KEPT = 12, 4
@@ -96,8 +100,8 @@ def needed_to_forget(
 ) -> Need:
     """What :func:`cir.unlearn` takes, by counting: bases, the moments that they are solved from and, without a GPU,
     copies of the updated and of the relearned weights; deltas beside all of these, where they are left as they are;
-    hidden states of what is measured of ``text`` tokens; what FSDP gathers; the rows of a step's tokens, twice, at
-    about four sentences a fact. ``device``: of the model, where it is not there yet.
+    hidden states of what is measured of ``text`` tokens and of what has to stay; what FSDP gathers; the rows of a
+    step's tokens, twice, at about four sentences a fact. ``device``: of the model, where it is not there yet.
     """
     device = device or model.device
     sites = sites_of(targets)
@@ -123,10 +127,10 @@ def needed_to_forget(
         held += sum(target.weight.nbytes for target in relearned)
         # A gradient and what a weight becomes, in float32, where it is relearned.
         held += 2 * 4 * max(target.weight.shape[-2:].numel() for target in targets)
-    held += min(text, config.disruption_tokens or 0) * hidden * size + gathered_bytes(stack.owners)
+    held += (min(text, config.disruption_tokens or 0) + KEPT) * hidden * size + gathered_bytes(stack.owners)
     return Need(
         held=held,
-        rows=2 * 4 * config.batch_size * size * sum(site.width * _rows(model, site) for site in sites),
+        rows=2 * ROWS_OF_A_FACT * config.batch_size * size * sum(site.width * _rows(model, site) for site in sites),
         # Of every token logits, as they come and in float32 twice; or what autograd keeps, and of a quarter of the
         # tokens logits, in float32, as log-probabilities, and their gradients.
         token=max(vocabulary * (size + 8), layers + vocabulary * (size + 12) // 4),

@@ -14,6 +14,7 @@ from cir.config import CIRConfig, EditConfig, rank_at
 from cir.forgetting.counterfactuals import NEAREST, PLACES, SENTENCES, TEMPLATES, TRIED
 from cir.forgetting.fitting import GRADIENTS_EVERY
 from cir.forgetting.memory import ROOMY, STEP_ON_GPU, TOKENS_AT_ONCE, needed_to_forget, tokens_at_once
+from cir.forgetting.mending import ASKED
 from cir.forgetting.questions import PEERS
 from cir.forgetting.subspace import columns_at
 from cir.model.finding import find_stack
@@ -191,6 +192,8 @@ def plan(
     # Text is not limited by what is there: as much as the configuration reads.
     need = needed_to_forget(shape.model, shape.stack, shape.targets, config.disruption_tokens or 0, config, cuda)
     peak = shape.weights + need.peak
+    exchanged = min(SENTENCES, facts * sentences)
+    kept = tokens * (contrast * sentences + _near(exchanged, contrast * sentences))
     return Forecast(
         gpu=gpu,
         facts=facts,
@@ -201,8 +204,10 @@ def plan(
         fits=peak < 0.97 * card.memory,
         phases={
             "measure": shape.measure(card, config, facts, tokens, steps),
-            "fit": shape.fit(card, config, contrast * sentences, min(SENTENCES, facts * sentences), tokens),
-            "steps": shape.steps(card, config, facts * sentences * tokens, -(-facts // config.batch_size), steps),
+            "fit": shape.fit(card, config, contrast * sentences, exchanged, tokens),
+            "steps": shape.steps(
+                card, config, facts * sentences * tokens, -(-facts // config.batch_size), steps, kept
+            ),
         },
         edit=shape.edit(card, edit, config, sentences * tokens, tokens),
         assumed=(
@@ -231,6 +236,11 @@ def _fake(model: Any) -> Any:
     dtype = model.dtype or torch.bfloat16
     with FakeTensorMode():
         return AutoModelForCausalLM.from_config(model, dtype=dtype)
+
+
+def _near(exchanged: int, contrast: int) -> int:
+    """Sentences near so many that are exchanged, and put into so many of contrast facts, at most."""
+    return (PLACES * exchanged + min(TEMPLATES, contrast)) * NEAREST
 
 
 class _Shape:
@@ -284,7 +294,7 @@ class _Shape:
         )
         self._forward(found, gpu, with_gradients / both, self.lower, self.first, both)
         self._read(found, gpu, with_gradients / both, both, replayed=False)
-        near = (PLACES * exchanged + min(TEMPLATES, contrast)) * NEAREST * tokens
+        near = _near(exchanged, contrast) * tokens
         tried = near + min(TRIED, tokens) * exchanged * tokens
         self._forward(found, gpu, max(1, tried / alone), self.lower + self.upper, depth, min(tried, alone))
         spared = contrast * tokens + near
@@ -298,12 +308,17 @@ class _Shape:
         found.add(gpu, 1, 0.0, 0.0, HOST_FIT)
         return found
 
-    def steps(self, gpu: GPU, config: CIRConfig, tokens: int, batches: int, steps: int) -> Phase:
+    def steps(self, gpu: GPU, config: CIRConfig, tokens: int, batches: int, steps: int, kept: int) -> Phase:
+        """Of facts of so many ``tokens``, where what has to stay is ``kept`` tokens long."""
         found, each = Phase(), tokens / batches
         parts = max(1.0, each / 1024)
         # As they are, relearned but for the first step, which starts from that, and then.
         self._read(found, gpu, batches * steps * parts * (1 + config.relearning_steps), each / parts)
         self._change(found, gpu, batches * steps, 2 * config.relearning_steps, 3)
+        asked = min(kept, ASKED)
+        parts_asked = max(1.0, asked / 1024)
+        flops = self._flops(self.upper, asked / parts_asked)
+        found.add(gpu, batches * steps * parts_asked, flops, self.upper + self.head, 0.0, REPLAYED * gpu.matmul)
         found.add(gpu, batches * parts, 0.0, 0.0, HOST_CAPTURE)
         return found
 

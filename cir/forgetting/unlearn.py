@@ -217,15 +217,17 @@ def _plan(
                     sentences(tape, tokenizer, of, max_length=config.max_length, at_once=at_once)
                     for of in (contrast, facts)
                 )
+                kept = list(told)
+                if subspaces is None:
+                    near = counterfactuals(model, tape, tokenizer, own, told, at_once=at_once, seed=config.seed)
+                    kept, choices["counterfactuals"] = [*told, *near], len(near)
                 if subspaces is not None:
                     common: SiteSubspaces = subspaces.to(model.device)
                 else:
-                    near = counterfactuals(model, tape, tokenizer, own, told, at_once=at_once, seed=config.seed)
-                    asked = ask(tape, [*told, *near], at_once)
+                    asked = ask(tape, kept, at_once)
                     common = fitted(tape, targets, rows, asked, config, at_once=at_once, progress=progress)
-                    choices["counterfactuals"] = len(near)
                 choices["directions_left"] = common.left(sites_of(targets))
-                forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, told, own, at_once=at_once)
+                forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, told, own, kept, at_once)
                 if first:  # else there are no states that tell of the relation alone
                     _warn_of(facts, likeness(forgetter.asked, told))
 

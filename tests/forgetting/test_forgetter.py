@@ -11,8 +11,9 @@ import torch
 from bench.eager import EagerForgetter
 from cir.config import CIRConfig
 from cir.data.facts import load_facts
+from cir.forgetting.doses import doses
 from cir.forgetting.fitting import fitted
-from cir.forgetting.forgetter import RELEARNING_RATES, Forgetter, doses
+from cir.forgetting.forgetter import RELEARNING_RATES, Forgetter
 from cir.forgetting.questions import joined, likeness, peers, questions, sentences
 from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import NonFiniteError, restore, sign_step, sizes, snapshot
@@ -379,12 +380,12 @@ def test_a_dose_is_no_more_than_what_is_left_to_go(opened):
     first = forgetter.step()  # all has two nats to go at least
     left = torch.full_like(read(tape, tokenizer, FACTS[:1]).odds, 0.5)
     rows = read(tape, tokenizer, FACTS[:1])
-    full, half, least = (forgetter._dosed(rows, left * share) for share in (4.0, 1.0, 0.0))
+    full, half, least = (forgetter._dosed(rows, left * share)[0] for share in (4.0, 1.0, 0.0))
     for name, tokens in first.tokens.items():
         torch.testing.assert_close(full[name], tokens)
         torch.testing.assert_close(half[name], tokens)  # as much as the dose is
         torch.testing.assert_close(least[name], tokens)  # LEAST_DOSE, which is no more than the dose
     larger = Forgetter(tape, targets, tokenizer, FACTS[:1], NOTHING, replace(config, dose=2.0))
     name = targets[0].gradient.name
-    torch.testing.assert_close(larger._dosed(rows, left * 3)[name], 3 * full[name])
-    torch.testing.assert_close(larger._dosed(rows, left * 40)[name], 4 * full[name])
+    torch.testing.assert_close(larger._dosed(rows, left * 3)[0][name], 3 * full[name])
+    torch.testing.assert_close(larger._dosed(rows, left * 40)[0][name], 4 * full[name])
