@@ -13,8 +13,9 @@ from cir.forgetting.questions import Rows, Sentence, ask, joined
 from cir.model.capture import AnswerCapture
 from cir.model.replay import Replays
 
-LOST = 0.5
-"""Nats by which an answer that has to stay has fallen, to be raised again."""
+LOST, GONE = 0.5, 3.0
+"""Nats by which an answer that has to stay has fallen, to be raised again; and from which on it is one with a fact that
+is to go, which comes first, and is let be."""
 FEW_LOST = 0.01
 """Of the answers asked for, that may have: the last of them and the last facts to go can be one another's price."""
 ASKED = 2048
@@ -41,7 +42,7 @@ class Kept:
         pieces, lost, count = list[Rows](), list[Tensor](), 0
         for part, before in self._random.sample(self._parts, self._drawn):
             down = (before - part.odds(self._tape, replays)).cpu()
-            fell = (down > LOST).nonzero().squeeze(1)
+            fell = ((down > LOST) & (down < GONE)).nonzero().squeeze(1)
             count += len(down)
             if len(fell):
                 pieces.append(part.read(self._tape, replays).at(names)[fell])

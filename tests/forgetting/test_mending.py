@@ -62,11 +62,11 @@ def test_what_fell_is_told_by_how_far(opened, at_once):
     before, kept = odds(parts, tape), Kept(tape, told(tape, tokenizer, FACTS[6:]), at_once, seed=0)
     assert kept.fallen(names, 100) is None
     forgetter = Forgetter(tape, targets, tokenizer, FACTS[:6], NOTHING, CONFIG)
-    while (step := forgetter.step()).live and not (before - odds(parts, tape) > 3).any():
-        forgetter.apply(step)  # nothing is spared: others fall with these
+    while not (before - odds(parts, tape) > mending.GONE).any():
+        forgetter.apply(forgetter.step())  # nothing is spared: others fall with these
     down = before - odds(parts, tape)
-    expected = down[down > mending.LOST].sort(descending=True).values
-    assert 3 < len(expected) < len(down)
+    expected = down[(down > mending.LOST) & (down < mending.GONE)].sort(descending=True).values
+    assert 3 < len(expected) < int((down > mending.LOST).sum()) < len(down)
     rows, lost = kept.fallen(names, 100)
     torch.testing.assert_close(lost, expected)
     assert rows.owners.tolist() == list(range(len(lost)))
@@ -127,15 +127,16 @@ def test_what_fell_comes_back_and_the_facts_go_all_the_same(opened):
 def test_what_is_one_with_a_fact_is_not_raised(opened):
     _, tokenizer, targets, tape = opened
     kept = told(tape, tokenizer, FACTS[:2])
-    forgetter = Forgetter(tape, targets, tokenizer, FACTS[:2], NOTHING, CONFIG, kept=kept)
-    for _ in range(3):
+    config = replace(CONFIG, dose=0.7)
+    forgetter = Forgetter(tape, targets, tokenizer, FACTS[:2], NOTHING, config, kept=kept)
+    for _ in range(2):
         step = forgetter.step()
         forgetter.apply(step)
     low, weights = odds(asked(tape, tokenizer, FACTS[:2]), tape), snapshot(targets)
     forgetter.mend(step)
     assert all(torch.equal(t.linear.weight, w) for t, w in zip(targets, weights, strict=True))
     forgetter.mend(Step({}))  # after a step of other facts they are
-    assert float((odds(asked(tape, tokenizer, FACTS[:2]), tape) - low).mean()) > 1
+    assert float((odds(asked(tape, tokenizer, FACTS[:2]), tape) - low).mean()) > 0.5
 
 
 def test_rows_are_told_apart_by_their_cosine():
