@@ -14,8 +14,8 @@ from cir.model.capture import AnswerCapture
 from cir.model.replay import Replays
 
 LOST, GONE = 0.5, 3.0
-"""Nats by which an answer that has to stay has fallen, to be raised again; and from which on it is one with a fact, which
-comes first, and is let be."""
+"""Nats by which an answer that has to stay has fallen, to be raised again; and from which on it is one with a
+fact: facts come first, and it is let be."""
 FEW_LOST = 0.01
 """Of the answers asked for, that may have: the last of them and the last facts to go can be one another's price."""
 ASKED = 2048
