@@ -153,14 +153,15 @@ def controls() -> list[list[str]]:
 
 def many() -> list[list[str]]:
     """The latest row of each number of facts."""
-    head = ["facts", "how", "text", "recall", "attacked", "told", "same subjects", "other facts", "seconds a fact"]
-    lines = [[*head, "directions left, of activations and gradients"]]
+    head = ["facts", "how", "commit", "text", "recall", "attacked", "told", "same subjects", "other facts"]
+    lines = [[*head, "seconds a fact", "directions left, of activations and gradients"]]
     latest = {(row["way"], row["count"]): row for row in rows_of("many", version=WORLD_VERSION)}
     for (way, count), row in sorted(latest.items()):
         recalls = (_share(row[name]) for name in ("recall", "attacked", "told", "same_subject", "same_relation"))
         left = row.get("directions_left")
         shares = "" if left is None else f"{left['activation']:.0%}, {left['gradient']:.0%}"
-        lines.append([str(count), way, f"{row['rise']:+.2%}", *recalls, f"{row['seconds_a_fact']:.2f}", shares])
+        figures = f"{row['rise']:+.2%}", *recalls, f"{row['seconds_a_fact']:.2f}"
+        lines.append([str(count), way, row["commit"], *figures, shares])
     return lines
 
 
