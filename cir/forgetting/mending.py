@@ -39,17 +39,16 @@ class Kept:
         """The answers that fell, the ``most`` that did furthest, at the sites of these ``names``, each with an
         owner of its own; and by how many nats (T,). None where these are few.
         """
-        pieces, lost, count = list[Rows](), list[Tensor](), 0
-        for part, before in self._random.sample(self._parts, self._drawn):
-            down = (before - part.odds(self._tape, replays)).cpu()
-            fell = ((down > LOST) & (down < GONE)).nonzero().squeeze(1)
-            count += len(down)
-            if len(fell):
-                pieces.append(part.read(self._tape, replays).at(names)[fell])
-                lost.append(down[fell])
-        if sum(map(len, lost)) <= FEW_LOST * count:
+        drawn = self._random.sample(self._parts, self._drawn)
+        down = torch.cat([before - part.odds(self._tape, replays) for part, before in drawn]).cpu()  # one wait
+        fell = (down > LOST) & (down < GONE)
+        if int(fell.sum()) <= FEW_LOST * len(fell):
             return None
-        rows, by = joined(pieces), torch.cat(lost)
+        pieces = list[Rows]()
+        for (part, _), of in zip(drawn, fell.split([len(before) for _, before in drawn]), strict=True):
+            if of.any():
+                pieces.append(part.read(self._tape, replays).at(names)[of.nonzero().squeeze(1)])
+        rows, by = joined(pieces), down[fell]
         furthest = by.topk(min(most, len(by))).indices
         rows, by = rows[furthest], by[furthest]
         return replace(rows, owners=torch.arange(len(by))), by.to(rows.odds.device)
