@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from cir.system.signals import SIGNALS
 from tests.tiny import tiny_llama, word_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -35,6 +36,17 @@ def heard():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def handlers_stay():
+    """No test leaves a handler to the next: which that is, pytest-xdist decides anew each time."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    after = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in (number for number in SIGNALS if after[number] != before[number]):
+        signal.signal(number, before[number])
+    assert after == before
 
 
 @pytest.fixture

@@ -67,19 +67,19 @@ class Held:
     def __init__(self) -> None:
         self._came: list[int] = []
         self._before: dict[int, Any] = {}
-        self._holding = False
+        self._state = "out"  # or holding, or released
 
     def __enter__(self) -> Held:
         before = _handled()
         for number in before:
             self._before[number] = before[number]
             signal.signal(number, self._handle)
-        self._holding = True
+        self._state = "holding"
         return self
 
     def __exit__(self, *_: object) -> None:
         # First of all: a handler that an exception leaves in place from here on passes on what comes.
-        self._holding = False
+        self._state = "out"
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self.check()
@@ -92,15 +92,15 @@ class Held:
     @contextmanager
     def released(self) -> Iterator[None]:
         """Let signals act at once within, where nothing needs to be whole."""
-        self._holding = False
+        self._state = "released"
         self.check()
         try:
             yield
         finally:
-            self._holding = True
+            self._state = "holding"
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self._holding:
+        if self._state == "holding":
             self._came.append(number)
         else:
             self._act(number, frame)
@@ -118,5 +118,13 @@ def _handled() -> dict[int, Any]:
     """The handlers of the signals that are not ignored, where this thread may set them."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: _handler(number) for number in SIGNALS}
     return {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+
+def _handler(number: int) -> Any:
+    """What is done at a signal: what a handler passes it on to that an exception left in place, see :class:`Held`."""
+    handler = signal.getsignal(number)
+    while isinstance(held := getattr(handler, "__self__", None), Held) and held._state == "out":
+        handler = held._before[number]
+    return handler

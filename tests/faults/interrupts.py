@@ -91,7 +91,9 @@ def trial(bench: Bench, folder: Path, name: str, at: int) -> str:
     def hung(*_: Any) -> None:
         raise TimeoutError(f"{name} at {at} hangs")
 
-    before = signal.signal(signal.SIGALRM, hung), signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGALRM, *signals.SIGNALS)}
+    signal.signal(signal.SIGALRM, hung)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.alarm(HANGS)
     try:
         with bench.open(path) as opened:
@@ -117,7 +119,7 @@ def trial(bench: Bench, folder: Path, name: str, at: int) -> str:
         return str(error)
     finally:
         signal.alarm(0)
-        for number, handler in zip((signal.SIGALRM, signal.SIGINT), before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
     return ""
 

@@ -14,13 +14,6 @@ def send(number=signal.SIGINT):
     signal.raise_signal(number)
 
 
-@pytest.fixture(autouse=True)
-def handlers_stay():
-    before = [signal.getsignal(number) for number in SIGNALS]
-    yield
-    assert [signal.getsignal(number) for number in SIGNALS] == before
-
-
 def test_a_held_signal_acts_at_the_end_and_not_before():
     done = []
 
@@ -99,8 +92,25 @@ def test_a_signal_at_any_line_of_it_is_neither_lost_nor_leaves_a_handler():
     for at in range(len(lines(hold, watched=[signals.__file__]))):
         with pytest.raises(KeyboardInterrupt):
             lines(hold, at, [signals.__file__])
-        # A handler that an interrupt left in place passes on what comes.
+        # A handler that an interrupt left in place passes on what comes, and is seen through.
         with pytest.raises(KeyboardInterrupt):
             send()
+        with pytest.raises(Terminated), raised():
+            send(signal.SIGTERM)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_signals_are_held_on_after_what_was_released():
+    done = []
+
+    def work():
+        with Held() as held:
+            with held.released(), Held():
+                pass
+            send()
+            done.append("the rest")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["the rest"]
