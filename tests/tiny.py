@@ -18,6 +18,10 @@ VOCABULARY = 128
 TEXT = " ".join(f"word{i % 13} then{i % 7} some{i % 29} more{i % 5}" for i in range(600))
 
 
+FIRST = 2
+"""Of the four layers of the models below, the first that steps change."""
+
+
 def tiny_llama(
     dtype: torch.dtype = torch.float32,
     hidden_size: int = 24,

@@ -33,7 +33,6 @@ from cir.forgetting.plan import Epoch, EpochLosses, Plan, Recalls, Run
 from cir.forgetting.questions import LIKE, Probed, ask, likeness, sentences
 from cir.forgetting.report import Clock, Measure, Report, hash_facts, library_versions, peak_memory
 from cir.forgetting.reread import Reread
-from cir.forgetting.subspace import SiteSubspaces
 from cir.forgetting.update import fingerprint, restore, snapshot
 from cir.measures import unknown_facts
 from cir.model.capture import answering
@@ -221,11 +220,10 @@ def _plan(
                 if subspaces is None:
                     near = counterfactuals(model, tape, tokenizer, own, told, at_once=at_once, seed=config.seed)
                     kept, choices["counterfactuals"] = [*told, *near], len(near)
-                if subspaces is not None:
-                    common: SiteSubspaces = subspaces.to(model.device)
-                else:
                     asked = ask(tape, kept, at_once)
                     common = fitted(tape, targets, rows, asked, config, at_once=at_once, progress=progress)
+                else:
+                    common = subspaces.to(model.device)
                 choices["directions_left"] = common.left(sites_of(targets))
                 forgetter = Forgetter(tape, targets, tokenizer, facts, common, config, told, own, kept, at_once)
                 if first:  # else there are no states that tell of the relation alone

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from dataclasses import replace
 
@@ -88,7 +89,7 @@ def test_answers_are_permuted_where_there_is_another():
 
 def test_a_signal_ends_the_bench_and_not_only_the_run(bench, monkeypatch):
     def killed(*_: object) -> None:
-        signal.raise_signal(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     before = [parameter.detach().clone() for parameter in bench.model.parameters()]
     monkeypatch.setattr(Forgetter, "apply", killed)

@@ -21,31 +21,11 @@ from cir.measures import recall
 from cir.model.capture import answering
 from cir.model.finding import find_stack
 from tests import oracle
-from tests.tiny import deepened, facts, knowing_llama, tiny_llama, word_tokenizer
+from tests.tiny import FIRST, deepened, facts, knowing_llama, tiny_llama
 
 FACTS = load_facts(facts(12))
 CONFIG = CIRConfig(floor=-6.0, max_change=1.0, text_weight=0.0)
-FIRST = 2
 NOTHING = SiteSubspaces({}, "ridge")
-
-
-@pytest.fixture(scope="module")
-def knowing():
-    return knowing_llama(), word_tokenizer()
-
-
-@pytest.fixture
-def opened(knowing):
-    """The knowing model, its weights put back at the end, its tokenizer and targets, and a capture of it."""
-    model, tokenizer = knowing
-    stack = find_stack(model)
-    targets = stack.writers(FIRST)
-    before = snapshot(targets)
-    with answering(model, stack, FIRST) as tape:
-        yield model, tokenizer, targets, tape
-    with torch.no_grad():
-        for target, weight in zip(targets, before, strict=True):
-            target.linear.weight.copy_(weight)
 
 
 def asked(tape, tokenizer, chosen, at_once=512):

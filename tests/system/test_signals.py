@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import threading
 
@@ -11,7 +12,7 @@ from tests.faults.interrupts import lines
 
 
 def send(number=signal.SIGINT):
-    signal.raise_signal(number)
+    os.kill(os.getpid(), number)
 
 
 def test_a_held_signal_acts_at_the_end_and_not_before():

@@ -82,7 +82,7 @@ def test_what_fails_leaves_nothing(tmp_path):
 
 def test_a_signal_waits_until_all_is_in_place(tmp_path):
     def interrupted(folder: Path) -> None:
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         fill()(folder)
 
     with pytest.raises(KeyboardInterrupt):
